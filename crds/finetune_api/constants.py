@@ -1,0 +1,106 @@
+"""Names and numbers that cross a process border. Each is stated here and nowhere else."""
+
+from enum import IntEnum, StrEnum
+
+GROUP = "finetune-operator.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+
+FIELD_MANAGER = "finetune-operator"
+JOB_LABEL = f"{GROUP}/job"
+STAGE_LABEL = f"{GROUP}/stage"
+HASH_ANNOTATION = f"{GROUP}/manifest-hash"
+
+TELEMETRY_PORT = 9400
+TERMINATION_MESSAGE_BYTES = 4096
+"""The kubelet cuts a termination message at this length."""
+
+NAME_LENGTH = 50
+"""Pods of an Indexed Job are called <name>-prepare-<index>-<hash>; a label value ends at 63 characters."""
+
+
+class Stage(StrEnum):
+    """The three child Jobs, in their order."""
+
+    PREPARE = "prepare"
+    TRAIN = "train"
+    PUBLISH = "publish"
+
+
+class Phase(StrEnum):
+    """Where a FineTuneJob stands; for people. Programs read the conditions."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    QUEUED = "Queued"
+    TRAINING = "Training"
+    PUBLISHING = "Publishing"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+    @property
+    def finished(self) -> bool:
+        return self in (Phase.SUCCEEDED, Phase.FAILED)
+
+
+class ConditionType(StrEnum):
+    ACCEPTED = "Accepted"
+    DATA_READY = "DataReady"
+    MEMORY_FITS = "MemoryFits"
+    RUNNING = "Running"
+    GATE_PASSED = "GatePassed"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Why a condition is as it is. The comment says what the user can do."""
+
+    # progress
+    VALID = "Valid"
+    PREPARED = "Prepared"
+    PREPARING = "Preparing"
+    QUEUED = "Queued"
+    POD_STARTING = "PodStarting"
+    POD_RUNNING = "PodRunning"
+    BETWEEN_STAGES = "BetweenStages"
+    SUCCEEDED = "Succeeded"
+    PASSED = "Passed"
+    NO_GATE = "NoGate"
+    SUSPENDED_BY_USER = "SuspendedByUser"
+    RESUMED = "Resumed"
+
+    # the user's to mend
+    INVALID_SPEC = "InvalidSpec"  # the message names the field
+    NAME_CLASH = "NameClash"  # an object of that name is somebody else's: rename the FineTuneJob
+    DATA_INVALID = "DataInvalid"  # the message names file and line
+    DATA_NOT_FOUND = "DataNotFound"  # a source does not exist or may not be read
+    MODEL_INVALID = "ModelInvalid"  # the model does not fit the task, or has no safetensors weights
+    MODEL_NOT_FOUND = "ModelNotFound"
+    OUTPUT_FAILED = "OutputFailed"  # the artifact could not be pushed to output.uri
+    ACCELERATOR_MISSING = "AcceleratorMissing"  # a GPU was asked for, the pod sees none
+    NON_FINITE_LOSS = "NonFiniteLoss"  # lower the learning rate, look at the data
+    GATE_FAILED = "GateFailed"  # trained, but not good enough for evaluation.gate
+
+    # the cluster's
+    OOM_KILLED = "OOMKilled"  # raise resources.limits.memory or lower training.batchSize
+    EVICTED = "Evicted"
+    DISRUPTED = "Disrupted"  # preempted, drained: the Job tries again by itself
+    IMAGE_NOT_PULLED = "ImageNotPulled"
+    UNSCHEDULABLE = "Unschedulable"
+    CONTAINER_CONFIG = "ContainerConfigError"  # a ConfigMap, Secret or claim that the pod needs is missing
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    INTERRUPTED = "Interrupted"  # SIGTERM: a checkpoint was saved, exit code 75
+    STAGE_FAILED = "StageFailed"  # any other exit code
+
+
+class ExitCode(IntEnum):
+    """Exit codes of a trainer pod; after sysexits.h (EX_USAGE, EX_TEMPFAIL)."""
+
+    DONE = 0
+    USER_ERROR = 64
+    TRY_AGAIN = 75

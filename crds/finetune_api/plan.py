@@ -1,0 +1,112 @@
+"""`plan.json`: what the operator tells a trainer pod. Everything is resolved and nothing is secret.
+
+The operator writes one plan per stage into a ConfigMap. Settings that need facts about the data are filled in
+after prepare: `checkpoint_steps`, `evaluation_steps`, `micro_batch_tokens`. Only the precision may stay open
+(None): it is a property of the device that the pod gets.
+"""
+
+from pydantic import Field
+
+from finetune_api.base import Document
+from finetune_api.constants import Stage
+from finetune_api.spec import Columns, DataFormat, Gate, MethodType, Metric, OutputFormat, Precision, Schedule, Task
+
+
+class JobReference(Document):
+    namespace: str
+    name: str
+    uid: str
+
+
+class Location(Document):
+    """A URI and what is needed to read or write it from this pod."""
+
+    uri: str
+    path: str | None = Field(None, description="Where the URI is mounted in the pod: pvc://, configmap:// and file:// only.")
+    secret_dir: str | None = Field(None, description="Folder with the Secret's keys as files.")
+
+
+class PlanModel(Document):
+    location: Location
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class PlanSource(Document):
+    location: Location
+    field: str = Field(description="Where it stands in the spec, for error messages: dataset.sources[0].")
+    format: DataFormat | None = None
+    columns: Columns = Columns()
+
+
+class PlanSplit(Document):
+    """Exactly one of the two is set."""
+
+    sources: list[PlanSource] = Field(default_factory=list)
+    fraction: float | None = None
+
+
+class PlanDataset(Document):
+    sources: list[PlanSource]
+    validation: PlanSplit
+    test: PlanSplit | None = None
+    labels: list[str] | None = None
+    max_rejected: float = 0
+
+
+class PlanLora(Document):
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: list[str] | None = Field(None, description="None: all linear layers of the transformer blocks.")
+
+
+class PlanTraining(Document):
+    epochs: float | None = Field(None, description="Set exactly if max_steps is not.")
+    max_steps: int | None = None
+    learning_rate: float
+    batch_sequences: int | None = Field(None, description="Set exactly if batch_tokens is not.")
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = Field(None, description="Set in the train plan.")
+    max_length: int = Field(description="Upper bound; prepare lowers it to the model's own limit.")
+    precision: Precision | None = Field(None, description="None: bf16 where the accelerator has it, else fp32.")
+    seed: int
+    schedule: Schedule
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    checkpoint_steps: int | None = Field(None, description="Set in the train plan.")
+    evaluation_steps: int | None = Field(None, description="Set in the train plan.")
+
+
+class PlanEvaluation(Document):
+    metrics: list[Metric]
+    gate: Gate | None = None
+
+
+class PlanDevice(Document):
+    gpus: int
+    nodes: int
+    allow_cpu_fallback: bool
+
+
+class PlanOutput(Document):
+    format: OutputFormat
+    location: Location | None = Field(None, description="None: the result stays in the workspace.")
+    workspace_uri: str = Field(description="How the artifacts folder of the workspace is called outside the pod, for status.")
+
+
+class Plan(Document):
+    stage: Stage
+    job: JobReference
+    workspace: str = Field(description="Folder with model/ data/ checkpoints/ artifacts/ report/.")
+    task: Task
+    model: PlanModel
+    dataset: PlanDataset
+    method: MethodType
+    lora: PlanLora | None = None
+    training: PlanTraining
+    evaluation: PlanEvaluation
+    device: PlanDevice
+    output: PlanOutput

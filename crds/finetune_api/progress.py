@@ -1,0 +1,92 @@
+"""What a trainer pod tells the operator: `Progress` while it runs (GET /progress), `Result` when it ends.
+
+A `Result` is the pod's termination message: JSON of at most 4096 bytes, written also on failure.
+"""
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from finetune_api.base import Document
+from finetune_api.constants import TERMINATION_MESSAGE_BYTES, Reason, Stage
+from finetune_api.status import ArtifactStatus, DataStatus, GateResult, ModelStatus, Score
+
+
+class Progress(Document):
+    stage: Stage
+    activity: str = Field(description="What it does now, for people: 'Training', 'Evaluating', 'Saving a checkpoint'.")
+    fraction: float = Field(ge=0, le=1, description="Share of this stage that is done, counted from the run's true start.")
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    estimated_remaining_seconds: float | None = None
+    resumed_from_step: int | None = Field(None, description="Set if this attempt went on from a checkpoint.")
+    training_loss: float | None = None
+    evaluation_loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    precision: str | None = None
+    device: str | None = None
+    trainable_parameters: int | None = None
+    updated_at: float = Field(description="Unix time of the last change.")
+
+
+class Outcome(StrEnum):
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    INTERRUPTED = "Interrupted"
+
+
+class PrepareResult(Document):
+    data: DataStatus
+    model: ModelStatus
+
+
+class TrainResult(Document):
+    steps: int
+    best_step: int
+    precision: str
+    device: str
+    trainable_parameters: int
+    training_loss: float | None = None
+    evaluation_loss: float | None = None
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    split: str
+    baseline: str
+    scores: list[Score]
+    gate: GateResult | None = None
+
+
+class PublishResult(Document):
+    artifact: ArtifactStatus
+
+
+class Result(Document):
+    stage: Stage
+    outcome: Outcome
+    reason: Reason | None = Field(None, description="Set unless it succeeded.")
+    message: str = ""
+    step: int | None = Field(None, description="Last optimizer step that is safe in a checkpoint.")
+    prepare: PrepareResult | None = None
+    train: TrainResult | None = None
+    publish: PublishResult | None = None
+
+    def to_termination_message(self) -> str:
+        """JSON within the kubelet's limit; the message gives way first, from its end."""
+        text = self.to_json()
+        over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
+        if over <= 0:
+            return text
+        # JSON escapes make a character longer than a byte, so cut until it fits
+        message = self.message
+        while message and len(text.encode()) > TERMINATION_MESSAGE_BYTES:
+            message = message[: max(0, len(message) - max(1, over // 6) - 1)]
+            text = self.model_copy(update={"message": message + "…"}).to_json()
+            over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
+        if len(text.encode()) > TERMINATION_MESSAGE_BYTES:
+            raise ValueError(f"a result of {len(text.encode())} bytes does not fit a termination message")
+        return text

@@ -1,0 +1,311 @@
+"""`FineTuneJob.spec`: what a user declares. Every optional setting that is left out is chosen by the
+operator or the trainer, and the choice is shown in `status.resolved`.
+"""
+
+from enum import StrEnum
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Document, Rule
+from finetune_api.kubernetes import (
+    Affinity,
+    LabelKey,
+    Labels,
+    LocalReference,
+    Name,
+    Quantity,
+    ResourceRequirements,
+    Toleration,
+)
+
+Uri = Annotated[
+    str,
+    StringConstraints(
+        pattern=(
+            r"^((hf|s3|gs|az|https)://[^\s/]+[^\s]*|file://[^\s]+"
+            r"|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^\s]+"
+            r"|configmap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+)$"
+        ),
+        max_length=1024,
+    ),
+]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+URI_HELP = (
+    "hf://owner/name, s3://bucket/path, gs://bucket/path, az://container/path, https://host/path, "
+    "pvc://claim/path, configmap://name/key; with `finetune run` also file://path, relative to the manifest"
+)
+
+
+def uri_rules(allowed_writes: bool = False) -> tuple[Rule, ...]:
+    """Rules of a model with a `uri`: no way out of the folder, no local files in a cluster, writable schemes."""
+    present = "!has(self.uri) || " if allowed_writes else ""
+    rules = [
+        Rule(f"{present}!self.uri.matches('(^|/)[.][.](/|$)') || self.uri.startsWith('file://')",
+             "a path may not contain '..'", "uri"),
+        Rule(f"{present}!self.uri.startsWith('file://')",
+             "file:// works only with `finetune run`; in a cluster use pvc://, s3://, gs://, az://, https://, hf:// or configmap://",
+             "uri", cluster_only=True),
+    ]
+    if allowed_writes:
+        rules.append(Rule("!has(self.uri) || !self.uri.matches('^(https|configmap)://')",
+                          "an output cannot be written to https:// or configmap://; use s3://, gs://, az://, hf:// or pvc://", "uri"))
+    return tuple(rules)
+
+
+class Task(StrEnum):
+    CLASSIFICATION = "Classification"
+    GENERATION = "Generation"
+
+
+class MethodType(StrEnum):
+    LORA = "LoRA"
+    FULL = "Full"
+    HEAD = "Head"
+
+
+class DataFormat(StrEnum):
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    ALPACA = "Alpaca"
+    TEXT = "Text"
+    LABELLED_TEXT = "LabelledText"
+
+
+class Precision(StrEnum):
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Schedule(StrEnum):
+    COSINE = "Cosine"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
+
+
+class Metric(StrEnum):
+    ACCURACY = "accuracy"
+    MACRO_F1 = "macroF1"
+    WEIGHTED_F1 = "weightedF1"
+    LOSS = "loss"
+    PERPLEXITY = "perplexity"
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self in (Metric.LOSS, Metric.PERPLEXITY)
+
+
+class OutputFormat(StrEnum):
+    ADAPTER = "Adapter"
+    MERGED = "Merged"
+
+
+class ModelSpec(Document):
+    rules: ClassVar = uri_rules()
+    uri: Uri = Field(description=f"Where the foundation model is: a folder in Hugging Face layout. {URI_HELP}.")
+    revision: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+$", max_length=128)] | None = Field(
+        None, description="Branch, tag or commit of an hf:// model. A commit makes the job repeatable; the commit used is shown in status."
+    )
+    secret_ref: LocalReference | None = Field(
+        None, description="Secret with the credentials for this URI: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; "
+        "GOOGLE_APPLICATION_CREDENTIALS (the JSON itself); AZURE_STORAGE_CONNECTION_STRING; or username and password for https."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models that you have read.")
+    allow_pickle: bool = Field(False, description="Accept weights as pickle files, which can run code when they are read. Off: safetensors only.")
+
+
+class Columns(Document):
+    """Names of the columns where they differ from the usual ones."""
+
+    text: Column | None = Field(None, description="Column with the text (Text, LabelledText). Usual names: text, sentence, headline, content.")
+    label: Column | None = Field(None, description="Column with the label (LabelledText). Usual names: label, labels, category, sentiment, class.")
+    prompt: Column | None = Field(None, description="Column with the prompt (PromptCompletion). Usual name: prompt.")
+    completion: Column | None = Field(None, description="Column with the completion (PromptCompletion). Usual names: completion, response.")
+    messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages). Usual names: messages, conversations.")
+    instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
+    input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
+    output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")
+
+
+class Source(Document):
+    rules: ClassVar = uri_rules()
+    uri: Uri = Field(description=f"A JSONL, CSV or Parquet file. {URI_HELP}.")
+    format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row.")
+    columns: Columns | None = Field(None, description="Column names, where they differ from the usual ones.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
+Sources = Annotated[list[Source], Field(min_length=1, max_length=32)]
+
+
+class Split(Document):
+    """A part of the data that is not trained on: files of its own, or a fraction of the sources."""
+
+    rules: ClassVar = (Rule("has(self.sources) != has(self.fraction)", "give either sources or fraction, not both and not neither"),)
+    sources: Sources | None = Field(None, description="Files of this split.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows of dataset.sources, drawn by row hash, so that a row keeps its split when data is added.")
+
+
+class DatasetSpec(Document):
+    sources: Sources = Field(description="Training data. All sources together must fit the task.")
+    validation: Split | None = Field(None, description="Rows to choose the best checkpoint by. Left out: a tenth of the sources.")
+    test: Split | None = Field(None, description="Held-out rows for the final scores and the gate. Left out: the scores are those on validation.")
+    labels: Annotated[list[Label], Field(min_length=2, max_length=512)] | None = Field(
+        None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted."
+    )
+    max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")
+
+
+class LoraSpec(Document):
+    rank: int | None = Field(None, ge=1, le=1024, description="Rank of the update matrices. Left out: 16.")
+    alpha: int | None = Field(None, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank. Left out: twice the rank.")
+    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout on the adapter's input. Left out: 0.05.")
+    target_modules: Annotated[list[Column], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="Names of the linear layers that get adapters. Left out: all linear layers of the transformer blocks."
+    )
+
+
+class MethodSpec(Document):
+    rules: ClassVar = (Rule("!has(self.lora) || self.type == 'LoRA'", "lora is for type LoRA only", "lora"),)
+    type: MethodType = Field(MethodType.LORA, description="LoRA: small adapters beside frozen weights. Full: all weights. Head: the classification head only.")
+    lora: LoraSpec | None = Field(None, description="Settings of LoRA.")
+
+
+class BatchSize(Document):
+    rules: ClassVar = (Rule("has(self.sequences) != has(self.tokens)", "give either sequences or tokens, not both and not neither"),)
+    sequences: int | None = Field(None, ge=1, le=65536, description="Rows per optimizer step, over all GPUs.")
+    tokens: int | None = Field(None, ge=1, le=67108864, description="Most tokens per optimizer step, over all GPUs.")
+
+
+class TrainingSpec(Document):
+    rules: ClassVar = (Rule("!(has(self.epochs) && has(self.maxSteps))", "give either epochs or maxSteps, not both", "maxSteps"),)
+    epochs: float | None = Field(None, gt=0, le=1000, description="Passes over the training rows. Left out: 3.")
+    max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps, instead of epochs.")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="Peak learning rate. Left out: chosen by task and method.")
+    batch_size: BatchSize | None = Field(None, description="Size of an optimizer step. Left out: 32 sequences (Classification) or 16 (Generation).")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, le=4194304, description="Most tokens in one forward pass; bounds memory, does not change the result. Left out: chosen by sizing."
+    )
+    max_length: int | None = Field(None, ge=8, le=1048576, description="Longest row in tokens; longer ones are cut. Left out: the model's limit, at most 512 (Classification) or 2048 (Generation).")
+    precision: Precision | None = Field(None, description="bf16 or fp32. Left out: bf16 where the accelerator has it, else fp32.")
+    seed: int = Field(42, ge=0, le=4294967295, description="Seed of shuffling, initialisation and dropout. The same seed gives the same weights on the same hardware.")
+    schedule: Schedule = Field(Schedule.COSINE, description="Shape of the learning rate after warm-up.")
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises to its peak.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
+    checkpoint_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between checkpoints. Left out: a twentieth of the run.")
+    evaluation_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between evaluations. Left out: once per epoch.")
+
+
+class Gate(Document):
+    rules: ClassVar = (
+        Rule("has(self.minimum) || has(self.maximum) || has(self.minimumGain)", "give minimum, maximum or minimumGain"),
+        Rule("!has(self.maximum) || self.metric in ['loss', 'perplexity']", "maximum is for loss and perplexity; use minimum", "maximum"),
+        Rule("!has(self.minimum) || !(self.metric in ['loss', 'perplexity'])", "minimum is not for loss and perplexity; use maximum", "minimum"),
+    )
+    metric: Metric = Field(description="The metric that decides.")
+    minimum: float | None = Field(None, ge=0, le=1, description="Lowest score that passes.")
+    maximum: float | None = Field(None, ge=0, le=1e9, description="Highest loss or perplexity that passes.")
+    minimum_gain: float | None = Field(None, ge=0, le=1e9, description="How much better than the baseline it must be, in the metric's own unit.")
+
+
+CLASSIFICATION_METRICS = ("accuracy", "macroF1", "weightedF1", "loss")
+
+
+class EvaluationSpec(Document):
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="Scores to report, the first one first. Left out: macroF1, accuracy and loss (Classification) or loss and perplexity (Generation)."
+    )
+    gate: Gate | None = Field(None, description="What the tuned model must reach on the test split; otherwise the job fails and nothing is published.")
+
+
+class ResourcesSpec(Document):
+    gpus: int = Field(0, ge=0, le=1, description="GPUs for training. 0 trains on CPU.")
+    gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
+    nodes: int = Field(1, ge=1, le=1, description="Nodes for training.")
+    allow_cpu_fallback: bool = Field(False, description="Train on CPU if the pod that asked for GPUs sees none. Off: the job fails with AcceleratorMissing.")
+    requests: Annotated[dict[str, Quantity], Field(max_length=16)] | None = Field(None, description="Requests of the training container, for example {cpu: 4, memory: 16Gi}.")
+    limits: Annotated[dict[str, Quantity], Field(max_length=16)] | None = Field(None, description="Limits of the training container.")
+    prepare: ResourceRequirements | None = Field(None, description="Requests and limits of the CPU stages, prepare and publish.")
+
+
+class SchedulingSpec(Document):
+    queue_name: LabelKey | None = Field(None, description="Kueue LocalQueue that training waits in. Preparing and publishing do not queue.")
+    priority_class_name: Name | None = Field(None, description="PriorityClass of all pods.")
+    node_selector: Labels | None = Field(None, description="Node labels that all pods need.")
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] | None = Field(None, description="Taints that all pods tolerate.")
+    affinity: Affinity | None = Field(None, description="Affinity of all pods.")
+
+
+class WorkspaceSpec(Document):
+    rules: ClassVar = (
+        Rule("!has(self.claimName) || !(has(self.size) || has(self.storageClassName) || has(self.accessMode))",
+             "size, storageClassName and accessMode describe a new volume; leave them out with claimName", "claimName"),
+    )
+    claim_name: Name | None = Field(None, description="An existing PersistentVolumeClaim; the job uses a folder of its own in it.")
+    size: Quantity | None = Field(None, description="Size of the new volume: model, data, checkpoints and artifacts. Left out: 20Gi.")
+    storage_class_name: Name | None = Field(None, description="StorageClass of the new volume. Left out: the cluster's default.")
+    access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] | None = Field(None, description="Access mode of the new volume. Left out: ReadWriteOnce.")
+    retain: bool = Field(False, description="Keep the volume when the FineTuneJob is deleted.")
+
+
+class OutputSpec(Document):
+    rules: ClassVar = uri_rules(allowed_writes=True)
+    format: OutputFormat | None = Field(None, description="Adapter (PEFT) or Merged (a complete model). Left out: Adapter for LoRA, otherwise Merged.")
+    uri: Uri | None = Field(None, description=f"Folder to push the result to. Left out: it stays in the workspace, and goes with it unless workspace.retain is set. {URI_HELP}.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
+class LimitsSpec(Document):
+    active_deadline_seconds: int | None = Field(None, ge=1, le=31536000, description="Longest time that one stage may run.")
+    retries: int = Field(3, ge=0, le=100, description="How often a stage may fail before the job fails. User errors are never retried; preemptions do not count.")
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000, description="Delete the FineTuneJob, and all it made, so long after it finished.")
+
+
+def _immutable(field: str, required: bool = False) -> Rule:
+    same = f"self.{field} == oldSelf.{field}"
+    rule = same if required else f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})"
+    message = f"{field} cannot be changed after creation (only suspend and limits can); create a new FineTuneJob"
+    return Rule(rule, message, field, cluster_only=True)
+
+
+class FineTuneJobSpec(Document):
+    """What to fine-tune, with what, how, and how good it must be."""
+
+    rules: ClassVar = (
+        Rule("self.task == 'Classification' || self.method.type != 'Head'", "Head is for task Classification; use LoRA or Full", "method.type"),
+        Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification", "dataset.labels"),
+        Rule("self.task != 'Classification' || self.dataset.sources.all(s, !has(s.format) || s.format == 'LabelledText')",
+             "task Classification needs sources in format LabelledText", "dataset.sources"),
+        Rule("self.task != 'Generation' || self.dataset.sources.all(s, !has(s.format) || s.format != 'LabelledText')",
+             "format LabelledText is for task Classification", "dataset.sources"),
+        Rule("self.task != 'Generation' || !has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m in ['loss', 'perplexity'])",
+             "task Generation has the metrics loss and perplexity", "evaluation.metrics"),
+        Rule("self.task != 'Classification' || !has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m != 'perplexity')",
+             "perplexity is for task Generation", "evaluation.metrics"),
+        Rule("!has(self.evaluation.gate) || (self.task == 'Generation' ? self.evaluation.gate.metric in ['loss', 'perplexity'] : self.evaluation.gate.metric != 'perplexity')",
+             "this metric does not exist for this task", "evaluation.gate.metric"),
+        Rule("!has(self.output.format) || self.output.format == 'Merged' || self.method.type == 'LoRA'",
+             "only LoRA makes an adapter; use format Merged or leave it out", "output.format"),
+        Rule("!has(self.dataset.validation) || !has(self.dataset.test) || !has(self.dataset.validation.fraction) || !has(self.dataset.test.fraction) "
+             "|| self.dataset.validation.fraction + self.dataset.test.fraction < 0.9",
+             "the fractions of validation and test leave less than a tenth for training", "dataset"),
+        _immutable("task", required=True),
+        _immutable("model", required=True),
+        _immutable("dataset", required=True),
+        *(_immutable(f) for f in ("method", "training", "evaluation", "resources", "scheduling", "workspace", "output")),
+    )
+    task: Task = Field(description="Classification: one label per text. Generation: text from a prompt or a conversation.")
+    model: ModelSpec = Field(description="The foundation model to start from.")
+    dataset: DatasetSpec = Field(description="The data to learn from and to be judged by.")
+    method: MethodSpec = Field(default_factory=MethodSpec, description="Which weights are trained.")
+    training: TrainingSpec = Field(default_factory=TrainingSpec, description="How it is trained.")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="How the result is judged.")
+    resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="What training may use.")
+    scheduling: SchedulingSpec | None = Field(None, description="Where and when the pods run.")
+    workspace: WorkspaceSpec = Field(default_factory=WorkspaceSpec, description="The volume that the three stages share.")
+    output: OutputSpec = Field(default_factory=OutputSpec, description="Where the result goes.")
+    suspend: bool = Field(False, description="Stop the pods and keep everything else; false goes on from the last checkpoint.")
+    limits: LimitsSpec = Field(default_factory=LimitsSpec, description="Time and retries.")

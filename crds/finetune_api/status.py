@@ -1,0 +1,147 @@
+"""`FineTuneJob.status`: what the operator reports. Decimals are strings, as the Kubernetes API conventions ask."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Document
+from finetune_api.constants import ConditionType, Phase, Reason, Stage
+
+Decimal = Annotated[str, StringConstraints(pattern=r"^(-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?|nan|-?inf)$", max_length=32)]
+Timestamp = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z$", max_length=32)]
+Message = Annotated[str, StringConstraints(max_length=2048)]
+
+
+def decimal(value: float | None, digits: int = 4) -> str | None:
+    """A number as the status shows it: `digits` significant digits, no trailing zeros; None stays None."""
+    return None if value is None else f"{value:.{digits}g}"
+
+
+class Condition(Document):
+    type: ConditionType = Field(description="What the condition is about.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: Reason = Field(description="Why, as a constant for programs.")
+    message: Message = Field(description="Why, for people.")
+    observed_generation: int = Field(description="metadata.generation that this was found for.")
+    last_transition_time: Timestamp = Field(description="When the status last changed.")
+
+
+class ProgressStatus(Document):
+    percentage: int = Field(ge=0, le=100, description="Share of the whole job that is done; 100 only when it succeeded.")
+    step: int | None = Field(None, description="Optimizer steps done, counted from the run's true start.")
+    total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
+    epoch: Decimal | None = Field(None, description="Passes over the training rows done.")
+    estimated_remaining_seconds: int | None = Field(None, description="Time to the end of the current stage, from the speed of this attempt.")
+    eta: str | None = Field(None, max_length=32, description="The same for people, for example 4m10s.")
+    last_updated_time: Timestamp = Field(description="When the trainer last said so.")
+
+
+class MetricsStatus(Document):
+    training_loss: Decimal | None = Field(None, description="Mean loss per supervised token or row over the last reported steps.")
+    evaluation_loss: Decimal | None = Field(None, description="Loss on validation at the last evaluation.")
+    learning_rate: Decimal | None = Field(None, description="Learning rate of the last step.")
+    tokens_per_second: Decimal | None = Field(None, description="Training speed in non-padding tokens.")
+    samples_per_second: Decimal | None = Field(None, description="Training speed in rows.")
+    peak_memory_bytes: int | None = Field(None, description="Peak memory: of the accelerator, or resident memory on CPU.")
+
+
+class DataStatus(Document):
+    """The summary of the data report (`report/data.json` in the workspace)."""
+
+    rows_read: int = Field(description="Rows found in all sources.")
+    rows_kept: int = Field(description="Rows that are trained on or judged by.")
+    rows_rejected: int = Field(description="Rows in quarantine, with file, line and reason (report/quarantine.jsonl).")
+    train_rows: int = Field(description="Rows to train on.")
+    validation_rows: int = Field(description="Rows to choose the best checkpoint by.")
+    test_rows: int = Field(description="Held-out rows.")
+    tokens: int = Field(description="Tokens of the training rows.")
+    supervised_tokens: int = Field(description="Training tokens that have a loss; for Classification the number of training rows.")
+    truncated_rows: int = Field(description="Training rows cut at maxLength.")
+    max_length: int = Field(description="Longest row in tokens that was allowed.")
+    labels: Annotated[list[str], Field(max_length=32)] | None = Field(None, description="Labels in the order of their class ids, the first 32.")
+    fingerprint: str = Field(max_length=128, description="Hash of the rows, the tokenizer and the settings.")
+
+
+class ModelStatus(Document):
+    """Facts about the foundation model, found by prepare."""
+
+    architecture: str = Field(max_length=128, description="Class of the model.")
+    revision: str | None = Field(None, max_length=128, description="The commit that was used.")
+    parameters: int = Field(description="Number of parameters.")
+    layers: int | None = Field(None, description="Number of transformer blocks.")
+    hidden_size: int | None = Field(None, description="Width.")
+    vocabulary_size: int | None = Field(None, description="Number of tokens known.")
+    context_length: int | None = Field(None, description="Longest input.")
+
+
+class ResolvedStatus(Document):
+    """Every setting that was left to us, and what was chosen."""
+
+    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32'.")
+    epochs: Decimal | None = Field(None, description="Epochs; unset if maxSteps decides.")
+    max_steps: int | None = Field(None, description="Optimizer steps, if they decide.")
+    learning_rate: Decimal = Field(description="Peak learning rate.")
+    schedule: str = Field(max_length=32, description="Shape of the learning rate.")
+    batch_size: str = Field(max_length=64, description="Size of an optimizer step, for example '32 sequences'.")
+    micro_batch_tokens: int | None = Field(None, description="Most tokens in one forward pass.")
+    max_length: int | None = Field(None, description="Longest row in tokens.")
+    precision: str | None = Field(None, max_length=16, description="Precision; known when training has begun.")
+    device: str | None = Field(None, max_length=128, description="Device; known when training has begun.")
+    trainable_parameters: int | None = Field(None, description="Number of weights that are trained; known when training has begun.")
+    checkpoint_steps: int | None = Field(None, description="Steps between checkpoints.")
+    evaluation_steps: int | None = Field(None, description="Steps between evaluations.")
+    output: str = Field(max_length=32, description="Adapter or Merged.")
+    metrics: Annotated[list[str], Field(max_length=8)] = Field(description="Metrics, the first one is shown in the Metric column.")
+
+
+class Score(Document):
+    metric: str = Field(max_length=64, description="Name of the metric.")
+    value: Decimal = Field(description="Score of the tuned model.")
+    baseline: Decimal | None = Field(None, description="Score of the baseline on the same rows.")
+
+
+class GateResult(Document):
+    passed: bool = Field(description="Whether the gate was passed.")
+    message: Message = Field(description="The comparison, with its numbers.")
+
+
+class ArtifactStatus(Document):
+    uri: str = Field(max_length=1024, description="Where it lies.")
+    sha256: str = Field(max_length=64, description="Hash of its SHA256SUMS file, which holds the hashes of all files.")
+    format: str = Field(max_length=32, description="Adapter or Merged.")
+    size_bytes: int = Field(description="Size of all files.")
+
+
+class ResultStatus(Document):
+    split: str | None = Field(None, max_length=32, description="The split that the scores are from: test or validation.")
+    baseline: str | None = Field(None, max_length=64, description="What it is compared with: the majority class, or the untuned model.")
+    scores: Annotated[list[Score], Field(max_length=16)] | None = Field(None, description="Scores of the best checkpoint.")
+    gate: GateResult | None = Field(None, description="Outcome of evaluation.gate.")
+    artifact: ArtifactStatus | None = Field(None, description="What was published.")
+
+
+class FailureStatus(Document):
+    stage: Stage | None = Field(None, description="Stage that failed.")
+    reason: Reason = Field(description="Cause, as a constant.")
+    message: Message = Field(description="Cause, for people, with the field or file and line, and what to do.")
+    exit_code: int | None = Field(None, description="Exit code of the container.")
+
+
+class FineTuneJobStatus(Document):
+    observed_generation: int | None = Field(None, description="metadata.generation that this status is about.")
+    phase: Phase | None = Field(None, description="Where the job stands, in a word. Programs should read the conditions.")
+    message: Message | None = Field(None, description="Where the job stands, in a sentence.")
+    conditions: Annotated[list[Condition], Field(max_length=16)] | None = Field(
+        None, description="Where the job stands, for programs.", json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+    )
+    attempt: int | None = Field(None, description="Which try of the current stage this is, from 1.")
+    start_time: Timestamp | None = Field(None, description="When the operator first acted on the job.")
+    completion_time: Timestamp | None = Field(None, description="When it succeeded or failed.")
+    progress: ProgressStatus | None = Field(None, description="How far it is; at most 10 s old while training.")
+    metric: str | None = Field(None, max_length=64, description="The number to look at: the loss while training, the first score at the end.")
+    metrics: MetricsStatus | None = Field(None, description="Numbers of the running training.")
+    model: ModelStatus | None = Field(None, description="Facts about the foundation model.")
+    data: DataStatus | None = Field(None, description="Summary of the data report.")
+    resolved: ResolvedStatus | None = Field(None, description="The settings in force.")
+    result: ResultStatus | None = Field(None, description="Evidence and artifact.")
+    failure: FailureStatus | None = Field(None, description="Why the job failed.")

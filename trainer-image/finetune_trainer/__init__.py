@@ -1,0 +1,1 @@
+"""The trainer image: three stages (prepare, train, publish) that share one workspace volume."""

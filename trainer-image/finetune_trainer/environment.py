@@ -1,0 +1,49 @@
+"""What libraries read from the environment; set before they are imported."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+from finetune_api.constants import Stage
+from finetune_api.plan import Plan
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def prepare_environment(plan: Plan, temporary: Path) -> None:
+    """No calls home, no hub where none is needed, caches in `temporary` (the root filesystem is read-only)."""
+    settings = {
+        "HF_HOME": str(temporary / "huggingface"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if not _needs_hub(plan):
+        settings |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if not sys.stdout.isatty():
+        settings |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update(settings)
+    threads = cpu_limit()
+    if threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _needs_hub(plan: Plan) -> bool:
+    output = plan.output.location
+    return plan.stage is Stage.PREPARE or (
+        plan.stage is Stage.PUBLISH and output is not None and output.uri.startswith("hf://")
+    )
+
+
+def cpu_limit(quota: Path = CPU_QUOTA) -> int | None:
+    """Whole CPUs that the container's limit allows; None without one.
+
+    torch starts a thread per CPU of the node, and a limit below that makes them wait for each other.
+    """
+    try:
+        allowed, period = quota.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if allowed == "max" else max(1, math.ceil(int(allowed) / int(period)))
