@@ -21,7 +21,14 @@ class Rule:
     cluster_only: bool = False
 
 
-def _add_rules(schema: dict[str, Any], model: type["Document"]) -> None:
+def _complete(schema: dict[str, Any], model: type["Document"]) -> None:
+    """Adds what pydantic leaves out of a schema: CEL rules, and `{}` as the default of blocks.
+
+    With that default the API server fills in a left-out block's own defaults, so rules need not ask whether it is there.
+    """
+    for field in model.model_fields.values():
+        if isinstance(field.default_factory, type) and issubclass(field.default_factory, Document):
+            schema["properties"][field.alias]["default"] = {}
     if model.rules:
         schema["x-kubernetes-validations"] = [
             {"rule": r.rule, "message": r.message} | ({"fieldPath": f".{r.field}"} if r.field else {}) for r in model.rules
@@ -32,7 +39,7 @@ class Document(BaseModel):
     """Base of all models: immutable, camelCase in JSON, unknown fields are errors."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, json_schema_extra=_add_rules
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, json_schema_extra=_complete
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
 

@@ -18,7 +18,7 @@ TERMINATION_MESSAGE_BYTES = 4096
 """The kubelet cuts a termination message at this length."""
 
 NAME_LENGTH = 50
-"""Pods of an Indexed Job are called <name>-prepare-<index>-<hash>; a label value ends at 63 characters."""
+"""A Job's name, <name>-prepare, is a label value, and <name>-train-<index> a host name: both end at 63 characters."""
 
 
 class Stage(StrEnum):

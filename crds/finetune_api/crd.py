@@ -4,6 +4,7 @@ The result is a structural schema (https://kubernetes.io/docs/tasks/extend-kuber
 references inlined, no unknown fields preserved, every field described.
 """
 
+import json
 import sys
 from typing import Any
 
@@ -31,10 +32,10 @@ COLUMNS = [
 def custom_resource_definition() -> Schema:
     """The CRD as a dict, ready for YAML."""
     schema = FineTuneJob.model_json_schema(by_alias=True)
-    schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"]["metadata"] = {"type": "object", "properties": {"name": {"type": "string"}}}  # for the rule's path
+    for key in ("apiVersion", "kind"):  # the API server's own
+        del schema["properties"][key]["default"], schema["properties"][key]["const"]
     root = _structural(schema, schema["$defs"])
-    root["properties"]["apiVersion"] = {"type": "string", "description": "Version of this schema."}
-    root["properties"]["kind"] = {"type": "string", "description": f"Always {KIND}."}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -90,24 +91,29 @@ def _keywords(node: Schema) -> Schema:
     """The node with the keywords that OpenAPI v3.0 and Kubernetes know."""
     for key in ("title", "$defs", "propertyNames"):
         node.pop(key, None)
-    if node.get("default", ...) is None:
+    default = node.get("default", ...)
+    if default is None:
         del node["default"]
+    elif default not in (..., {}):
+        node["description"] += f" Default: {default if isinstance(default, str) else json.dumps(default)}."  # `kubectl explain` does not show it
     if "const" in node:
         node["enum"] = [node.pop("const")]
     for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if bound in node and not isinstance(node[bound], bool):
             node[limit] = node[bound]
             node[bound] = True
-    if node.get("x-kubernetes-int-or-string") and "type" in node:
-        del node["type"]
-        node["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    return node
+    return {key: node.pop(key) for key in ("description", "type") if key in node} | node
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def main() -> None:
     """Prints the CRD as YAML."""
     sys.stdout.write("# Generated from crds/finetune_api by `make crds`; do not edit.\n")
-    yaml.safe_dump(custom_resource_definition(), sys.stdout, sort_keys=False, width=120, allow_unicode=True)
+    yaml.dump(custom_resource_definition(), sys.stdout, _Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 if __name__ == "__main__":

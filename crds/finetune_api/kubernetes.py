@@ -3,19 +3,21 @@
 Meanings and names are those of core/v1 (https://kubernetes.io/docs/reference/kubernetes-api/).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
-from finetune_api.base import Document
+from finetune_api.base import Document, Rule
 
-QUANTITY = r"^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$"
+NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+QUANTITY = "^([0-9]+|[0-9]*[.][0-9]+)([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 Quantity = Annotated[
     str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
-    Field(pattern=QUANTITY, max_length=32, json_schema_extra={"x-kubernetes-int-or-string": True}),
+    StringConstraints(pattern=QUANTITY, max_length=32),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32, "minimum": 0}),
 ]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Name = Annotated[str, StringConstraints(pattern=NAME, max_length=253)]
 LabelKey = Annotated[
     str, StringConstraints(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=317)
 ]
@@ -28,7 +30,15 @@ class LocalReference(Document):
     name: Name = Field(description="Name of an object in the job's own namespace.")
 
 
+RESOURCE_RULES = (
+    Rule("!has(self.requests) || !has(self.limits) || self.requests.all(name, !(name in self.limits) "
+         "|| !quantity(string(self.requests[name])).isGreaterThan(quantity(string(self.limits[name]))))",
+         "a request may not be greater than the limit of the same name", "requests"),
+)
+
+
 class ResourceRequirements(Document):
+    rules: ClassVar = RESOURCE_RULES
     requests: Quantities | None = Field(None, description="What the container is promised, for example {cpu: 2, memory: 8Gi}.")
     limits: Quantities | None = Field(None, description="What the container may not exceed. Over the memory limit it is killed (OOMKilled).")
 

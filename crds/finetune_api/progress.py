@@ -76,17 +76,22 @@ class Result(Document):
     publish: PublishResult | None = None
 
     def to_termination_message(self) -> str:
-        """JSON within the kubelet's limit; the message gives way first, from its end."""
-        text = self.to_json()
-        over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
-        if over <= 0:
-            return text
-        # JSON escapes make a character longer than a byte, so cut until it fits
-        message = self.message
-        while message and len(text.encode()) > TERMINATION_MESSAGE_BYTES:
-            message = message[: max(0, len(message) - max(1, over // 6) - 1)]
-            text = self.model_copy(update={"message": message + "…"}).to_json()
-            over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
-        if len(text.encode()) > TERMINATION_MESSAGE_BYTES:
-            raise ValueError(f"a result of {len(text.encode())} bytes does not fit a termination message")
+        """JSON within the kubelet's limit; the message gives way first, then the list of labels, each from its end.
+
+        Raises ValueError if that is not enough.
+        """
+        result, text = self, self.to_json()
+        while (over := len(text.encode()) - TERMINATION_MESSAGE_BYTES) > 0:
+            result = result._shorter(over)
+            text = result.to_json()
         return text
+
+    def _shorter(self, over: int) -> "Result":
+        if self.message:
+            cut = max(1, over // 6)  # a character is at most 6 bytes of JSON
+            message = self.message.removesuffix("…")[:-cut]
+            return self.model_copy(update={"message": message and message + "…"})
+        if self.prepare and self.prepare.data.labels:
+            data = self.prepare.data.model_copy(update={"labels": self.prepare.data.labels[:-1]})
+            return self.model_copy(update={"prepare": self.prepare.model_copy(update={"data": data})})
+        raise ValueError(f"a result is {over} bytes too long for a termination message")

@@ -1,14 +1,17 @@
 """Checks a manifest without an API server, by the rules that the API server would use: types, bounds and CEL.
 
-Needs cel-python, which the operator's extra brings; the trainer has no use for it.
+Needs cel-python and kubernetes, which the operator's extra brings; the trainer has no use for it.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import celpy
+from celpy.celtypes import BoolType
+from kubernetes.utils.quantity import parse_quantity
 from pydantic import ValidationError
 
 from finetune_api.base import Document, Rule
@@ -16,6 +19,12 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.v1alpha1 import FineTuneJob
 
 M = TypeVar("M", bound=Document)
+
+# What Kubernetes adds to CEL, as far as our rules use it (https://kubernetes.io/docs/reference/using-api/cel/).
+FUNCTIONS: dict[str, Any] = {
+    "quantity": parse_quantity,
+    "isGreaterThan": lambda one, other: BoolType(one > other),
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,18 @@ def parse_spec(spec: dict[str, Any]) -> FineTuneJobSpec:
 
 def _parse(model: type[M], document: dict[str, Any], path: str) -> M:
     try:
-        return model.model_validate_json(json.dumps(document), strict=True)
+        return model.model_validate_json(json.dumps(_as_sent(document), default=str), strict=True)
     except ValidationError as error:
         raise InvalidManifestError([_finding(e, path) for e in error.errors(include_url=False)]) from None
+
+
+def _as_sent(value: Any) -> Any:
+    """The value as it reaches the API server's checks: kubectl sends 2.0 as 2, and `key: null` counts as left out."""
+    if isinstance(value, dict):
+        return {key: _as_sent(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_as_sent(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _finding(error: Any, path: str) -> Finding:
@@ -90,5 +108,13 @@ def _broken_rules(document: Document, path: str) -> Iterator[Finding]:
 
 
 def _holds(rule: Rule, data: Any) -> bool:
+    try:
+        return bool(_program(rule.rule).evaluate({"self": data}))
+    except celpy.CELEvalError:  # such as a name that is a number
+        return False
+
+
+@cache
+def _program(rule: str) -> celpy.Runner:
     environment = celpy.Environment()
-    return bool(environment.program(environment.compile(rule.rule)).evaluate({"self": data}))
+    return environment.program(environment.compile(rule), functions=FUNCTIONS)

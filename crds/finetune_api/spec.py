@@ -5,51 +5,57 @@ operator or the trainer, and the choice is shown in `status.resolved`.
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from finetune_api.base import Document, Rule
 from finetune_api.kubernetes import (
+    NAME,
+    RESOURCE_RULES,
     Affinity,
     LabelKey,
     Labels,
     LocalReference,
     Name,
+    Quantities,
     Quantity,
     ResourceRequirements,
     Toleration,
 )
 
-Uri = Annotated[
-    str,
-    StringConstraints(
-        pattern=(
-            r"^((hf|s3|gs|az|https)://[^\s/]+[^\s]*|file://[^\s]+"
-            r"|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^\s]+"
-            r"|configmap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+)$"
-        ),
-        max_length=1024,
-    ),
-]
+Uri = Annotated[str, StringConstraints(max_length=1024)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+QueueName = Annotated[str, StringConstraints(pattern=NAME, max_length=63)]  # Kueue reads it from a label
 
 URI_HELP = (
     "hf://owner/name, s3://bucket/path, gs://bucket/path, az://container/path, https://host/path, "
     "pvc://claim/path, configmap://name/key; with `finetune run` also file://path, relative to the manifest"
 )
+# No separators and no control or format characters: URIs are printed at terminals.
+_CHARACTER = r"[^\pZ\pC]"
+_SOME = rf"[^/\pZ\pC]{_CHARACTER}*"
+_OBJECT = NAME[1:-1]
+_URI = (
+    f"^((hf|s3|gs|az|https)://{_SOME}|file://{_CHARACTER}+"
+    f"|pvc://{_OBJECT}/{_SOME}|configmap://{_OBJECT}/[-._a-zA-Z0-9]+)$"
+)
 
 
-def uri_rules(allowed_writes: bool = False) -> tuple[Rule, ...]:
-    """Rules of a model with a `uri`: no way out of the folder, no local files in a cluster, writable schemes."""
-    present = "!has(self.uri) || " if allowed_writes else ""
+def uri_rules(output: bool = False) -> tuple[Rule, ...]:
+    """Rules of a model with a `uri`: its form, no way out of a folder, no local files in a cluster, a scheme that can be written."""
+    unset = "!has(self.uri) || " if output else ""
     rules = [
-        Rule(f"{present}!self.uri.matches('(^|/)[.][.](/|$)') || self.uri.startsWith('file://')",
+        Rule(f"{unset}self.uri.matches(r'{_URI}')", f"expected one of {URI_HELP}", "uri"),
+        Rule(f"{unset}!self.uri.matches('(^|/)[.][.](/|$)') || self.uri.startsWith('file://')",
              "a path may not contain '..'", "uri"),
-        Rule(f"{present}!self.uri.startsWith('file://')",
+        Rule(f"{unset}!self.uri.matches('^https://[^/]*@')",
+             "a URI may not contain a password, because it is shown in status and logs; put it into a Secret and name that in secretRef", "uri"),
+        Rule(f"{unset}!self.uri.startsWith('file://')",
              "file:// works only with `finetune run`; in a cluster use pvc://, s3://, gs://, az://, https://, hf:// or configmap://",
              "uri", cluster_only=True),
     ]
-    if allowed_writes:
+    if output:
         rules.append(Rule("!has(self.uri) || !self.uri.matches('^(https|configmap)://')",
                           "an output cannot be written to https:// or configmap://; use s3://, gs://, az://, hf:// or pvc://", "uri"))
     return tuple(rules)
@@ -103,7 +109,11 @@ class OutputFormat(StrEnum):
 
 
 class ModelSpec(Document):
-    rules: ClassVar = uri_rules()
+    rules: ClassVar = (
+        *uri_rules(),
+        Rule("!self.uri.startsWith('configmap://')", "a model is a folder and does not fit a ConfigMap; use hf://, pvc:// or an object store", "uri"),
+        Rule("!has(self.revision) || self.uri.startsWith('hf://')", "revision is for hf:// only; leave it out", "revision"),
+    )
     uri: Uri = Field(description=f"Where the foundation model is: a folder in Hugging Face layout. {URI_HELP}.")
     revision: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+$", max_length=128)] | None = Field(
         None, description="Branch, tag or commit of an hf:// model. A commit makes the job repeatable; the commit used is shown in status."
@@ -114,6 +124,13 @@ class ModelSpec(Document):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models that you have read.")
     allow_pickle: bool = Field(False, description="Accept weights as pickle files, which can run code when they are read. Off: safetensors only.")
+
+
+def _once(labels: list[str]) -> list[str]:
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            raise PydanticCustomError("duplicate", "label '{label}' may be given only once", {"label": label})
+    return labels
 
 
 class Columns(Document):
@@ -149,11 +166,17 @@ class Split(Document):
 
 
 class DatasetSpec(Document):
+    rules: ClassVar = (
+        Rule("(has(self.validation) ? (has(self.validation.fraction) ? self.validation.fraction : 0.0) : 0.1) "
+             "+ (has(self.test) && has(self.test.fraction) ? self.test.fraction : 0.0) <= 0.9",
+             "validation (a tenth if left out) and test leave less than a tenth of the rows for training; lower their fractions"),
+    )
     sources: Sources = Field(description="Training data. All sources together must fit the task.")
     validation: Split | None = Field(None, description="Rows to choose the best checkpoint by. Left out: a tenth of the sources.")
     test: Split | None = Field(None, description="Held-out rows for the final scores and the gate. Left out: the scores are those on validation.")
-    labels: Annotated[list[Label], Field(min_length=2, max_length=512)] | None = Field(
-        None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted."
+    labels: Annotated[list[Label], Field(min_length=2, max_length=512), AfterValidator(_once)] | None = Field(
+        None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")
 
@@ -205,16 +228,16 @@ class Gate(Document):
         Rule("!has(self.maximum) || self.metric in ['loss', 'perplexity']", "maximum is for loss and perplexity; use minimum", "maximum"),
         Rule("!has(self.minimum) || !(self.metric in ['loss', 'perplexity'])", "minimum is not for loss and perplexity; use maximum", "minimum"),
     )
-    metric: Metric = Field(description="The metric that decides.")
+    metric: Metric = Field(description="The metric that decides; it is reported also if evaluation.metrics leaves it out.")
     minimum: float | None = Field(None, ge=0, le=1, description="Lowest score that passes.")
     maximum: float | None = Field(None, ge=0, le=1e9, description="Highest loss or perplexity that passes.")
     minimum_gain: float | None = Field(None, ge=0, le=1e9, description="How much better than the baseline it must be, in the metric's own unit.")
 
 
-CLASSIFICATION_METRICS = ("accuracy", "macroF1", "weightedF1", "loss")
-
-
 class EvaluationSpec(Document):
+    rules: ClassVar = (
+        Rule("!has(self.metrics) || self.metrics.all(m, self.metrics.exists_one(n, n == m))", "every metric may be given only once", "metrics"),
+    )
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] | None = Field(
         None, description="Scores to report, the first one first. Left out: macroF1, accuracy and loss (Classification) or loss and perplexity (Generation)."
     )
@@ -222,17 +245,22 @@ class EvaluationSpec(Document):
 
 
 class ResourcesSpec(Document):
+    rules: ClassVar = (
+        *RESOURCE_RULES,
+        Rule("!has(self.requests) || !(self.gpuResource in self.requests)", "GPUs are asked for with resources.gpus; leave them out here", "requests"),
+        Rule("!has(self.limits) || !(self.gpuResource in self.limits)", "GPUs are asked for with resources.gpus; leave them out here", "limits"),
+    )
     gpus: int = Field(0, ge=0, le=1, description="GPUs for training. 0 trains on CPU.")
     gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
     nodes: int = Field(1, ge=1, le=1, description="Nodes for training.")
     allow_cpu_fallback: bool = Field(False, description="Train on CPU if the pod that asked for GPUs sees none. Off: the job fails with AcceleratorMissing.")
-    requests: Annotated[dict[str, Quantity], Field(max_length=16)] | None = Field(None, description="Requests of the training container, for example {cpu: 4, memory: 16Gi}.")
-    limits: Annotated[dict[str, Quantity], Field(max_length=16)] | None = Field(None, description="Limits of the training container.")
+    requests: Quantities | None = Field(None, description="Requests of the training container, for example {cpu: 4, memory: 16Gi}.")
+    limits: Quantities | None = Field(None, description="Limits of the training container.")
     prepare: ResourceRequirements | None = Field(None, description="Requests and limits of the CPU stages, prepare and publish.")
 
 
 class SchedulingSpec(Document):
-    queue_name: LabelKey | None = Field(None, description="Kueue LocalQueue that training waits in. Preparing and publishing do not queue.")
+    queue_name: QueueName | None = Field(None, description="Kueue LocalQueue that training waits in. Preparing and publishing do not queue.")
     priority_class_name: Name | None = Field(None, description="PriorityClass of all pods.")
     node_selector: Labels | None = Field(None, description="Node labels that all pods need.")
     tolerations: Annotated[list[Toleration], Field(max_length=16)] | None = Field(None, description="Taints that all pods tolerate.")
@@ -252,7 +280,7 @@ class WorkspaceSpec(Document):
 
 
 class OutputSpec(Document):
-    rules: ClassVar = uri_rules(allowed_writes=True)
+    rules: ClassVar = uri_rules(output=True)
     format: OutputFormat | None = Field(None, description="Adapter (PEFT) or Merged (a complete model). Left out: Adapter for LoRA, otherwise Merged.")
     uri: Uri | None = Field(None, description=f"Folder to push the result to. Left out: it stays in the workspace, and goes with it unless workspace.retain is set. {URI_HELP}.")
     secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
@@ -264,11 +292,21 @@ class LimitsSpec(Document):
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000, description="Delete the FineTuneJob, and all it made, so long after it finished.")
 
 
-def _immutable(field: str, required: bool = False) -> Rule:
+def _immutable(field: str, optional: bool = False) -> Rule:
     same = f"self.{field} == oldSelf.{field}"
-    rule = same if required else f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})"
+    rule = f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})" if optional else same
     message = f"{field} cannot be changed after creation (only suspend and limits can); create a new FineTuneJob"
     return Rule(rule, message, field, cluster_only=True)
+
+
+def _format_fits_task(field: str) -> Rule:
+    blocks = [".".join(field.split(".")[:depth]) for depth in range(2, field.count(".") + 2)]
+    unset = "".join(f"!has(self.{block}) || " for block in blocks)
+    return Rule(f"{unset}self.{field}.all(s, !has(s.format) || (s.format == 'LabelledText') == (self.task == 'Classification'))",
+                "task Classification reads format LabelledText and no other; task Generation reads every format but this", field)
+
+
+_METRICS = "task Classification has the metrics accuracy, macroF1, weightedF1 and loss; task Generation has loss and perplexity"
 
 
 class FineTuneJobSpec(Document):
@@ -276,26 +314,20 @@ class FineTuneJobSpec(Document):
 
     rules: ClassVar = (
         Rule("self.task == 'Classification' || self.method.type != 'Head'", "Head is for task Classification; use LoRA or Full", "method.type"),
-        Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification", "dataset.labels"),
-        Rule("self.task != 'Classification' || self.dataset.sources.all(s, !has(s.format) || s.format == 'LabelledText')",
-             "task Classification needs sources in format LabelledText", "dataset.sources"),
-        Rule("self.task != 'Generation' || self.dataset.sources.all(s, !has(s.format) || s.format != 'LabelledText')",
-             "format LabelledText is for task Classification", "dataset.sources"),
-        Rule("self.task != 'Generation' || !has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m in ['loss', 'perplexity'])",
-             "task Generation has the metrics loss and perplexity", "evaluation.metrics"),
-        Rule("self.task != 'Classification' || !has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m != 'perplexity')",
-             "perplexity is for task Generation", "evaluation.metrics"),
-        Rule("!has(self.evaluation.gate) || (self.task == 'Generation' ? self.evaluation.gate.metric in ['loss', 'perplexity'] : self.evaluation.gate.metric != 'perplexity')",
-             "this metric does not exist for this task", "evaluation.gate.metric"),
+        Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
+        _format_fits_task("dataset.sources"),
+        _format_fits_task("dataset.validation.sources"),
+        _format_fits_task("dataset.test.sources"),
+        Rule("!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m == 'loss' || (m == 'perplexity') == (self.task == 'Generation'))",
+             _METRICS, "evaluation.metrics"),
+        Rule("!has(self.evaluation.gate) || self.evaluation.gate.metric == 'loss' || (self.evaluation.gate.metric == 'perplexity') == (self.task == 'Generation')",
+             _METRICS, "evaluation.gate.metric"),
         Rule("!has(self.output.format) || self.output.format == 'Merged' || self.method.type == 'LoRA'",
              "only LoRA makes an adapter; use format Merged or leave it out", "output.format"),
-        Rule("!has(self.dataset.validation) || !has(self.dataset.test) || !has(self.dataset.validation.fraction) || !has(self.dataset.test.fraction) "
-             "|| self.dataset.validation.fraction + self.dataset.test.fraction < 0.9",
-             "the fractions of validation and test leave less than a tenth for training", "dataset"),
-        _immutable("task", required=True),
-        _immutable("model", required=True),
-        _immutable("dataset", required=True),
-        *(_immutable(f) for f in ("method", "training", "evaluation", "resources", "scheduling", "workspace", "output")),
+        *(_immutable(f) for f in ("task", "model", "dataset", "method", "training", "evaluation", "resources", "workspace", "output")),
+        _immutable("scheduling", optional=True),
+        Rule("!has(self.dataset.labels) || !has(oldSelf.dataset.labels) || self.dataset.labels.map(l, l) == oldSelf.dataset.labels.map(l, l)",
+             _immutable("dataset.labels").message, "dataset", cluster_only=True),  # lists of type set are equal in any order
     )
     task: Task = Field(description="Classification: one label per text. Generation: text from a prompt or a conversation.")
     model: ModelSpec = Field(description="The foundation model to start from.")

@@ -1,20 +1,28 @@
 """`FineTuneJob.status`: what the operator reports. Decimals are strings, as the Kubernetes API conventions ask."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from finetune_api.base import Document
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 
 Decimal = Annotated[str, StringConstraints(pattern=r"^(-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?|nan|-?inf)$", max_length=32)]
 Timestamp = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z$", max_length=32)]
-Message = Annotated[str, StringConstraints(max_length=2048)]
+MESSAGE_LENGTH = 2048
+
+
+def _clip(text: Any) -> Any:
+    """What does not fit gives way at its end: no message may be too long to be written."""
+    return text[: MESSAGE_LENGTH - 1] + "…" if isinstance(text, str) and len(text) > MESSAGE_LENGTH else text
+
+
+Message = Annotated[str, StringConstraints(max_length=MESSAGE_LENGTH), BeforeValidator(_clip)]
 
 
 def decimal(value: float | None, digits: int = 4) -> str | None:
-    """A number as the status shows it: `digits` significant digits, no trailing zeros; None stays None."""
-    return None if value is None else f"{value:.{digits}g}"
+    """A number as the status shows it: `digits` significant digits, 12350 rather than 1.235e+04; None stays None."""
+    return None if value is None else f"{float(f'{value:.{digits}g}'):.15g}"
 
 
 class Condition(Document):

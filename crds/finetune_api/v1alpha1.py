@@ -1,6 +1,6 @@
 """`FineTuneJob` v1alpha1: the resource as a whole."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,11 +14,12 @@ class FineTuneJob(Document):
     """A FineTuneJob customises a language model: it prepares data, trains, proves the gain and publishes the result."""
 
     rules: ClassVar = (
-        Rule(f"self.metadata.name.size() <= {NAME_LENGTH} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-             f"the name must be at most {NAME_LENGTH} characters of a-z, 0-9 and '-', because pods are named after it", "metadata.name"),
+        Rule(f"has(self.metadata.name) && self.metadata.name.size() <= {NAME_LENGTH} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+             f"the name must begin with a letter and have at most {NAME_LENGTH} characters of a-z, 0-9 and '-', because pods and services are named after it",
+             "metadata.name"),
     )
-    api_version: Literal["finetune-operator.io/v1alpha1"] = API_VERSION  # type: ignore[assignment]
-    kind: Literal["FineTuneJob"] = KIND  # type: ignore[assignment]
+    api_version: Annotated[Literal["finetune-operator.io/v1alpha1"], Field(description="Version of this schema.")] = API_VERSION  # type: ignore[assignment]
+    kind: Annotated[Literal["FineTuneJob"], Field(description=f"Always {KIND}.")] = KIND  # type: ignore[assignment]
     metadata: dict[str, Any] = Field(default_factory=dict)
     spec: FineTuneJobSpec = Field(description="What to fine-tune, with what, how, and how good it must be.")
     status: FineTuneJobStatus | None = Field(None, description="What the operator reports.")

@@ -44,6 +44,6 @@ def cpu_limit(quota: Path = CPU_QUOTA) -> int | None:
     """
     try:
         allowed, period = quota.read_text().split()
-    except (OSError, ValueError):
+        return None if allowed == "max" else max(1, math.ceil(int(allowed) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
         return None
-    return None if allowed == "max" else max(1, math.ceil(int(allowed) / int(period)))

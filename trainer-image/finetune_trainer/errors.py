@@ -24,7 +24,7 @@ class UserError(StageError):
     exit_code = int(ExitCode.USER_ERROR)
 
 
-class Interrupted(StageError):
+class Interrupted(StageError):  # noqa: N818  (no error, like KeyboardInterrupt)
     """SIGTERM arrived and everything worth keeping is saved: the next attempt goes on from there."""
 
     exit_code = int(ExitCode.TRY_AGAIN)

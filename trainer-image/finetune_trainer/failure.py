@@ -93,8 +93,8 @@ def _memory_message(error: BaseException, stage: Stage) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(cause, torch.OutOfMemoryError) for cause in _causes(error)):
         return (
-            "the GPU has too little memory for these settings: lower training.microBatchTokens (or training.maxLength), "
-            "use method.type LoRA or a smaller model, or ask for a GPU with more memory"
+            "the GPU has too little memory for these settings: lower training.microBatchTokens (or training.maxLength),"
+            " use method.type LoRA or a smaller model, or ask for a GPU with more memory"
         )
     if stage is Stage.TRAIN:
         return (

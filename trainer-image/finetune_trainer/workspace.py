@@ -1,5 +1,7 @@
 """The shared volume: where things lie, and how they are written so that a kill never leaves half of one."""
 
+import ctypes
+import glob
 import os
 import shutil
 import uuid
@@ -7,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux' renameat2(2): paths are relative to the working directory; swap the two names."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,13 @@ class Workspace:
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes the whole file or leaves the old one: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = _name_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -65,27 +66,46 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` that takes its place, files synced, if the block succeeds.
+    """Yields a temporary folder beside `path` that takes its place, all synced, if the block succeeds.
 
-    An older folder at `path` is there until the new one is whole.
+    An older folder at `path` is there until the new one is whole. What a killed attempt left is removed first, so
+    that halves do not fill the volume: a folder has one writer at a time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = _name_beside(path)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-            path.rename(old)
+        for inner in (*temporary.rglob("*"), temporary):
+            _sync(inner)
+        if not path.exists():
             temporary.rename(path)
-            shutil.rmtree(old)
-        else:
+        elif not _exchange(temporary, path):
+            older = path.rename(_name_beside(path))
             temporary.rename(path)
-    except BaseException:
+            temporary = older
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     sync_folder(path.parent)
+
+
+def _name_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step, so that no moment is without a folder; False where that is not supported (NFS)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:  # not Linux
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)

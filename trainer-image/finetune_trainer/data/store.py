@@ -45,7 +45,7 @@ class SplitManifest(Document):
 
 class DataManifest(Document):
     task: Task
-    labels: list[str] | None
+    labels: list[str] | None = None
     """In the order of the class ids; None for Generation."""
     max_length: int
     fingerprint: str

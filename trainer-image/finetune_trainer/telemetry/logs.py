@@ -18,7 +18,7 @@ class _Formatter(logging.Formatter):
         self._job = job
         self._trace = trace
 
-    def formatException(self, ei: tuple[object, ...]) -> str:  # type: ignore[override]  # noqa: N802
+    def formatException(self, ei: tuple[object, ...]) -> str:  # noqa: N802
         error = ei[1]
         return self._trace(error) if isinstance(error, BaseException) else ""
 

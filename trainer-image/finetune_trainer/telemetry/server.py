@@ -31,6 +31,7 @@ Pages = Callable[[str], Page | None]
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # the usual 5 fill up in a burst, and a client that finds no place waits for seconds
 
     def __init__(self, port: int, pages: Pages) -> None:
         self.pages = pages
@@ -74,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "finetune-trainer"
     sys_version = ""
 
-    def do_GET(self) -> None:  # noqa: N802  (the name is http.server's)
+    def do_GET(self) -> None:
         page = cast(_Server, self.server).pages(urlsplit(self.path).path)
         if page is None:
             self._answer(HTTPStatus.NOT_FOUND, Page("text/plain; charset=utf-8", b"not found\n"))
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(page.body)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
 
 

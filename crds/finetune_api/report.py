@@ -1,0 +1,81 @@
+"""Documents in the workspace's `report/` folder, for people and programs: the evidence behind the status.
+
+- `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`.
+- `report/evaluation.json`: `EvaluationReport`, written by train.
+"""
+
+from pydantic import Field
+
+from finetune_api.base import Document
+from finetune_api.status import DataStatus, GateResult, ModelStatus, Score
+
+DATA_REPORT = "data.json"
+QUARANTINE = "quarantine.jsonl"
+EVALUATION_REPORT = "evaluation.json"
+
+
+class SourceReport(Document):
+    """What was found in one source."""
+
+    field: str = Field(description="Where it stands in the spec, for example dataset.sources[0].")
+    uri: str
+    sha256: str = Field(description="Hash of the file's bytes.")
+    format: str
+    rows_read: int
+    rows_rejected: int
+
+
+class LengthReport(Document):
+    """Tokens per training row, before truncation."""
+
+    mean: float
+    p50: int
+    p90: int
+    p99: int
+    longest: int
+
+
+class DataReport(Document):
+    """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
+
+    summary: DataStatus
+    model: ModelStatus | None = None
+    sources: list[SourceReport]
+    rejections: dict[str, int] = Field(description="Rejected rows by reason.")
+    labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
+    lengths: LengthReport | None = None
+
+
+class Quarantined(Document):
+    """One line of quarantine.jsonl; the row's text stays in its source."""
+
+    uri: str
+    line: int
+    reason: str
+    detail: str
+
+
+class ClassScores(Document):
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class Evaluation(Document):
+    """Scores of one predictor on one split."""
+
+    name: str = Field(description="'tuned', or the baseline's name.")
+    metrics: dict[str, float] = Field(description="All metrics of the task, by their name in the spec.")
+    classes: list[ClassScores] | None = Field(None, description="Per class, in the order of the class ids.")
+    confusion: list[list[int]] | None = Field(None, description="Rows: true class; columns: predicted class.")
+
+
+class EvaluationReport(Document):
+    split: str
+    rows: int
+    tuned: Evaluation
+    baseline: Evaluation
+    scores: list[Score] = Field(description="The metrics that the spec asks for, tuned against baseline.")
+    gate: GateResult | None = None

@@ -1,0 +1,227 @@
+"""`finetune`: runs a FineTuneJob on this machine, or checks its manifest. No cluster is asked for anything."""
+
+import argparse
+import asyncio
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from finetune_api.constants import ExitCode
+from finetune_api.report import EVALUATION_REPORT, EvaluationReport
+from finetune_api.status import FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJob
+from pydantic import ValidationError
+from rich.console import Console
+
+from finetune_operator.controller import reconcile
+from finetune_operator.display import Display, current_stage, make_display, print_document, print_evidence
+from finetune_operator.local import LocalCluster, LocalLayout
+from finetune_operator.manifest_file import ManifestFileError, point_out, read_job
+from finetune_operator.observed import Resource
+from finetune_operator.reconcile import Context
+from finetune_operator.run_folder import RunError, RunFolder, admit, is_users_error
+from finetune_operator.settings import Settings
+
+TURN_SECONDS = 0.3
+"""Between two looks at the running process."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done; 64 the user's to mend; 75 stopped, go on with the same command; 1 anything else."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ManifestFileError as error:
+        print(error, file=sys.stderr)
+    except RunError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 1
+    return ExitCode.USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune",
+        description="Fine-tunes a language model as a FineTuneJob manifest says, on this machine.",
+        epilog="Exit codes: 0 done, 64 something in manifest or data must be mended, 75 stopped and to be continued, "
+        "1 any other failure.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="prepare, train and publish, with live progress",
+        description="Runs the job: prepares the data, trains, evaluates and publishes. Run it again after Ctrl-C or a "
+        "crash and it goes on from the last checkpoint.",
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("file", type=Path, metavar="FILE", help="manifest of one FineTuneJob (YAML)")
+    run.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (runs/NAME beside the manifest)")
+    run.add_argument("--fresh", action="store_true", help="discard an earlier run in that folder")
+    run.add_argument(
+        "--volume",
+        type=_mapping,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder that stands for a claim (pvc://NAME/...) or a ConfigMap (configmap://NAME/...)",
+    )
+    run.add_argument(
+        "--secret",
+        type=_mapping,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder with the keys of a Secret as files; left out, credentials come from the environment or ~/.aws",
+    )
+
+    check = commands.add_parser(
+        "check",
+        help="check manifests by the API server's rules",
+        description="Checks types, bounds and rules of each manifest, without a cluster.",
+    )
+    check.set_defaults(command=_check)
+    check.add_argument("files", type=Path, nargs="+", metavar="FILE", help="manifest of one FineTuneJob (YAML)")
+
+    commands.add_parser("version", help="print the version").set_defaults(command=_version)
+    return parser
+
+
+def _mapping(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    if not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+    return name, Path(folder)
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(version("finetune-operator"))
+    return ExitCode.DONE
+
+
+def _check(options: argparse.Namespace) -> int:
+    code = ExitCode.DONE
+    for path in options.files:
+        try:
+            job = read_job(path)
+        except ManifestFileError as error:
+            print(error)
+            code = ExitCode.USER_ERROR
+        else:
+            print(f"{path}: {job.metadata['name']} is valid")
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    job = read_job(options.file)
+    run = RunFolder(options.output or options.file.parent / "runs" / job.metadata["name"])
+    layout = LocalLayout(run.path, options.file.parent, dict(options.volume), dict(options.secret))
+    findings = layout.findings(job.spec)
+    if findings:
+        raise ManifestFileError(point_out(options.file, findings))
+    if job.spec.suspend:
+        raise RunError("spec.suspend is true: nothing would run; set it to false")
+    with run.locked() as lock:
+        return asyncio.run(_follow(options, job, run, layout, lock))
+
+
+async def _follow(options: argparse.Namespace, job: FineTuneJob, run: RunFolder, layout: LocalLayout, lock: int) -> int:
+    """Drives the run to its end, or to a signal, and says how it went."""
+    document = admit(run, job, time.time(), options.fresh)
+    console = Console(highlight=False)
+    if Resource.read(document).status.completion_time:
+        console.print(f"This run has already ended in {run.path}; --fresh runs it again.", soft_wrap=True)
+    display = make_display(console, f"{job.metadata['name']}: {job.spec.task} by {job.spec.method.type}, in {run.path}")
+    async with LocalCluster(run, document, layout, display.event, lock) as cluster:
+        with display:
+            stopped = await _drive(cluster, Context(Settings(), layout), display)
+        if stopped:
+            return _say_how_to_go_on(cluster.status, options)
+        _print_end(console, cluster, Path(layout.workspace(Resource.read(document), job.spec)))
+        return _exit_code(cluster.status)
+
+
+async def _drive(cluster: LocalCluster, context: Context, display: Display) -> bool:
+    """The operator's loop, for one job. True if a signal ended it: the first asks to save, the second kills."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            cluster.kill()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        while not stop.is_set():
+            await reconcile(cluster, cluster.key, context, time.time())
+            status = cluster.status
+            display.show(status, cluster.progress)
+            if status.phase is not None and status.phase.finished:
+                return False
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), TURN_SECONDS)
+        display.stopping()
+        await cluster.stop()
+        return True
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _exit_code(status: FineTuneJobStatus) -> int:
+    if status.failure is None:
+        return ExitCode.DONE
+    return ExitCode.USER_ERROR if is_users_error(status.failure) else 1
+
+
+def _say_how_to_go_on(status: FineTuneJobStatus, options: argparse.Namespace) -> int:
+    command = ["finetune", "run", str(options.file)]
+    if options.output:
+        command += ["--output", str(options.output)]
+    for flag, mappings in (("--volume", options.volume), ("--secret", options.secret)):
+        for name, folder in mappings:
+            command += [flag, f"{name}={folder}"]
+    stage = current_stage(status)
+    print(f"Stopped{f' in {stage}' if stage else ''}; what is done is kept. Go on with:\n  {shlex.join(command)}")
+    return ExitCode.TRY_AGAIN
+
+
+def _print_end(console: Console, cluster: LocalCluster, workspace: Path) -> None:
+    """The document, the evidence, and where to find things."""
+    status = cluster.status
+    print_document(console, cluster.document)
+    report = _read_report(workspace / "report" / EVALUATION_REPORT) if status.result else None
+    if report is not None:
+        print_evidence(console, report)
+    failure = status.failure
+    if failure is not None:
+        console.print(f"Failed: {status.message}", markup=False, soft_wrap=True)
+        log = cluster.log(failure.stage) if failure.stage else None
+        if log is not None:
+            console.print(f"Log: {log}", markup=False, soft_wrap=True)
+    elif status.result and status.result.artifact:
+        artifact = status.result.artifact
+        console.print(f"{artifact.format}: {artifact.uri.removeprefix('file://')}", markup=False, soft_wrap=True)
+
+
+def _read_report(path: Path) -> EvaluationReport | None:
+    try:
+        return EvaluationReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""One turn of the loop: observe, decide, act. The same for a cluster and for `finetune run`."""
+
+import logging
+
+from finetune_api.constants import Reason
+
+from finetune_operator.cluster import Cluster, NameClashError, RejectedError
+from finetune_operator.observed import Key, Observed, Resource
+from finetune_operator.reconcile import Context, Decision, decide, give_up
+
+logger = logging.getLogger(__name__)
+
+
+async def reconcile(cluster: Cluster, key: Key, context: Context, now: float) -> float | None:
+    """Brings one job a step on; returns the seconds after which to look again, None to wait for an event.
+
+    Children are created before the status tells of them, so that a crash in between repeats what is idempotent
+    and loses nothing. Raises UnavailableError (and what the cluster raises): the caller tries again, later.
+    """
+    found = await cluster.observe(key)
+    if found is None:
+        return None
+    resource, observed = found
+    decision = decide(resource, observed, now, context)
+    if decision.delete:
+        await cluster.delete(resource)
+        return None
+    decision = await _act(cluster, resource, observed, decision, now)
+    for event in decision.events:
+        await cluster.emit(resource, event)
+    if decision.status != resource.status:
+        await cluster.write_status(resource, decision.status)
+    return decision.requeue_after
+
+
+async def _act(cluster: Cluster, resource: Resource, observed: Observed, decision: Decision, now: float) -> Decision:
+    """Changes the children; a child that can never be made fails the job."""
+    try:
+        for manifest in decision.create:
+            await cluster.create(resource, manifest)
+    except NameClashError as error:
+        return give_up(resource, observed, now, Reason.NAME_CLASH, str(error))
+    except RejectedError as error:
+        return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
+    for stage, suspend in decision.suspend.items():
+        await cluster.set_suspend(resource, stage, suspend)
+    for stage in decision.restart:
+        await cluster.delete_child(resource, stage)
+    return decision

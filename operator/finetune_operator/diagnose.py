@@ -1,0 +1,111 @@
+"""Why a pod does not run, and why a stage failed: the cluster's and the trainer's words -> a reason and a remedy."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.constants import Reason, Stage
+from finetune_api.progress import Outcome
+from finetune_api.status import FailureStatus
+
+from finetune_operator.conditions import shorten
+from finetune_operator.observed import condition_of, container_of, result_of, terminated
+
+IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+MOUNT_REASONS = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
+"""Reasons of Events: such a pod says nothing but ContainerCreating."""
+
+MEMORY_FIELD = {
+    Stage.PREPARE: "resources.prepare.limits.memory",
+    Stage.TRAIN: "resources.limits.memory",
+    Stage.PUBLISH: "resources.prepare.limits.memory",
+}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    reason: Reason
+    message: str
+    exit_code: int | None = None
+
+
+def waiting_trouble(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()) -> Trouble | None:
+    """What keeps a pod from running; None while it is only starting."""
+    for condition in (pod.get("status") or {}).get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            if condition.get("reason") == "SchedulingGated":
+                return Trouble(Reason.QUEUED, "the pod waits for a scheduling gate to be lifted")
+            return Trouble(Reason.UNSCHEDULABLE, f"no node takes the pod: {condition.get('message', '')}")
+    waiting = (container_of(pod).get("state") or {}).get("waiting") or {}
+    reason, message = waiting.get("reason"), waiting.get("message", "")
+    if reason in IMAGE_REASONS:
+        image = container_of(pod).get("image") or "the trainer image"
+        return Trouble(Reason.IMAGE_NOT_PULLED, f"{image} cannot be pulled ({reason}): {message}")
+    if reason in CONFIG_REASONS:
+        return Trouble(Reason.CONTAINER_CONFIG, f"{reason}: {message}")
+    for event in reversed(events):
+        if event.get("reason") in MOUNT_REASONS:
+            return Trouble(Reason.CONTAINER_CONFIG, f"{event['reason']}: {event.get('message', '')}")
+    return None
+
+
+def pod_failure(pod: Mapping[str, Any], stage: Stage) -> Trouble:
+    """Why a pod ended badly. The kernel's word goes before the trainer's, and the trainer's before the exit code."""
+    end = terminated(pod) or {}
+    code = end.get("exitCode")
+    if end.get("reason") == "OOMKilled":
+        return Trouble(Reason.OOM_KILLED, _out_of_memory(pod, stage), code)
+    result = result_of(pod)
+    if result is not None and result.outcome is not Outcome.SUCCEEDED:
+        return Trouble(result.reason or Reason.STAGE_FAILED, result.message, code)
+    status = pod.get("status") or {}
+    if status.get("reason") == "Evicted":
+        return Trouble(Reason.EVICTED, f"the node evicted the pod: {status.get('message', '')}", code)
+    disruption = condition_of(pod, "DisruptionTarget")
+    if disruption is not None:
+        words = disruption.get("message") or disruption.get("reason", "")
+        return Trouble(Reason.DISRUPTED, f"the pod was taken away: {words}", code)
+    return Trouble(Reason.STAGE_FAILED, _exit(code, status, stage), code)
+
+
+def stage_failure(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], stage: Stage) -> FailureStatus:
+    """Why a child Job failed for good."""
+    condition = condition_of(job, "Failed") or {}
+    ended = [pod for pod in pods if terminated(pod) is not None or (pod.get("status") or {}).get("phase") == "Failed"]
+    if condition.get("reason") == "DeadlineExceeded":
+        seconds = job["spec"].get("activeDeadlineSeconds")
+        trouble = Trouble(
+            Reason.DEADLINE_EXCEEDED,
+            f"{stage} did not end within {seconds} s: raise limits.activeDeadlineSeconds or make the job smaller",
+        )
+    elif ended:
+        trouble = pod_failure(ended[-1], stage)
+    else:
+        trouble = Trouble(Reason.STAGE_FAILED, condition.get("message") or "the Job failed and left no pod behind")
+    failed = (job.get("status") or {}).get("failed") or 0
+    tries = f" (after {failed} attempts)" if failed > 1 else ""
+    message = shorten(trouble.message + tries)
+    return FailureStatus(stage=stage, reason=trouble.reason, message=message, exit_code=trouble.exit_code)
+
+
+def _out_of_memory(pod: Mapping[str, Any], stage: Stage) -> str:
+    limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    memory = limits.get("memory")
+    field = MEMORY_FIELD[stage]
+    at = f"its memory limit of {memory}" if memory else "the node's memory"
+    or_less = ", or lower training.microBatchTokens or training.maxLength" if stage is Stage.TRAIN else ""
+    return f"the kernel killed {stage} at {at}: raise {field}{or_less}"
+
+
+def _exit(code: int | None, status: Mapping[str, Any], stage: Stage) -> str:
+    if code is None:
+        return f"the {stage} pod failed: {status.get('message') or status.get('reason') or 'no cause is known'}"
+    name = ""
+    if code > 128:
+        try:
+            name = f" ({signal.Signals(code - 128).name})"
+        except ValueError:
+            name = ""
+    return f"{stage} ended with exit code {code}{name} and said nothing; its log may tell more"

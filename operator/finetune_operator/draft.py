@@ -1,0 +1,169 @@
+"""The status as it is being worked out: starts from the old one, ends as the new one and its Events."""
+
+from typing import Any
+
+from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.progress import Progress, Result, TrainResult
+from finetune_api.status import (
+    FailureStatus,
+    FineTuneJobStatus,
+    MetricsStatus,
+    ProgressStatus,
+    ResultStatus,
+    decimal,
+)
+
+from finetune_operator.cluster import Event
+from finetune_operator.conditions import Conditions, shorten
+from finetune_operator.observed import Resource, format_time
+
+STAGE_SHARE = {Stage.PREPARE: (0, 10), Stage.TRAIN: (10, 95), Stage.PUBLISH: (95, 99)}
+"""Percent of the whole job that a stage stands for; 100 is reserved for success."""
+
+
+def format_duration(seconds: float) -> str:
+    """As kubectl shows an age: 45s, 4m10s, 3h12m, 2d4h."""
+    whole = max(0, round(seconds))
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days}d{hours % 24}h"
+    if hours:
+        return f"{hours}h{minutes % 60}m"
+    return f"{minutes}m{whole % 60}s" if minutes else f"{whole}s"
+
+
+class Draft:
+    """Setters for the parts of a status; `status()` and `events` are the outcome."""
+
+    def __init__(self, resource: Resource, now: float) -> None:
+        self._old = resource.status
+        self._now = now
+        self._fields: dict[str, Any] = {
+            "observed_generation": resource.generation,
+            "start_time": self._old.start_time or format_time(now),
+        }
+        self.conditions = Conditions(self._old.conditions or (), resource.generation, now)
+        self.events: list[Event] = []
+
+    def get(self, field: str) -> Any:
+        """The field as it stands now."""
+        return self._fields.get(field, getattr(self._old, field))
+
+    def set(self, **fields: Any) -> None:
+        self._fields.update(fields)
+
+    def status(self) -> FineTuneJobStatus:
+        conditions = self.conditions.to_list() or None
+        return self._old.model_copy(update={**self._fields, "conditions": conditions})
+
+    def enter(self, phase: Phase, message: str) -> None:
+        """Sets phase and message; a new phase is an Event (a failure has its own)."""
+        message = shorten(message)
+        if phase is not self._old.phase and phase is not Phase.FAILED:
+            self.events.append(Event("Normal", phase.value, message, self._moment(phase)))
+        self.set(phase=phase, message=message)
+
+    def _moment(self, what: str) -> str:
+        """Tells an Event from an earlier one of the same kind: another attempt, or after an edit of the spec."""
+        return f"{what}-{self.get('attempt')}-{self._fields['observed_generation']}"
+
+    def running(self, holds: bool, reason: Reason, message: str) -> None:
+        self.conditions.set(ConditionType.RUNNING, holds, reason, message)
+
+    def trouble(self, reason: Reason, message: str, key: str) -> None:
+        """What keeps a pod from running: a condition, and a Warning when it is new."""
+        before = self.conditions.get(ConditionType.RUNNING)
+        if before is None or before.reason is not reason:
+            self.events.append(Event("Warning", reason.value, shorten(message), key))
+        self.running(False, reason, message)
+
+    def follow(self, stage: Stage, progress: Progress, same_attempt: bool) -> None:
+        """Takes over what a running trainer says. The percentage never goes back within an attempt."""
+        start, end = STAGE_SHARE[stage]
+        percentage = start + int((end - start) * progress.fraction)
+        old: ProgressStatus | None = self.get("progress")
+        if old is not None and same_attempt:
+            percentage = max(percentage, old.percentage)
+        remaining = progress.estimated_remaining_seconds
+        kept = old if old is not None and progress.step is None else None
+        self.set(
+            progress=ProgressStatus(
+                percentage=percentage,
+                step=kept.step if kept else progress.step,
+                total_steps=kept.total_steps if kept else progress.total_steps,
+                epoch=kept.epoch if kept else decimal(progress.epoch),
+                estimated_remaining_seconds=None if remaining is None else round(remaining),
+                eta=None if remaining is None else format_duration(remaining),
+                last_updated_time=format_time(progress.updated_at),
+            )
+        )
+        if stage is Stage.TRAIN and progress.training_loss is not None:
+            self.set(
+                metric=f"loss={decimal(progress.training_loss)}",
+                metrics=MetricsStatus(
+                    training_loss=decimal(progress.training_loss),
+                    evaluation_loss=decimal(progress.evaluation_loss),
+                    learning_rate=decimal(progress.learning_rate),
+                    tokens_per_second=decimal(progress.tokens_per_second),
+                    samples_per_second=decimal(progress.samples_per_second),
+                    peak_memory_bytes=progress.peak_memory_bytes,
+                ),
+            )
+
+    def at(self, percentage: int) -> None:
+        """The point between two stages, or the end: nothing remains to be estimated."""
+        old: ProgressStatus | None = self.get("progress")
+        known = old.model_dump() if old else {"last_updated_time": format_time(self._now)}
+        known |= {"percentage": percentage, "estimated_remaining_seconds": None, "eta": None}
+        self.set(progress=ProgressStatus.model_validate(known))
+
+    def absorb(self, result: Result) -> None:
+        """Takes over what a stage that has ended found out."""
+        if result.prepare is not None:
+            self.set(data=result.prepare.data, model=result.prepare.model)
+        if result.train is not None:
+            self._absorb_training(result.train)
+        if result.publish is not None:
+            known: ResultStatus = self.get("result") or ResultStatus()
+            self.set(result=known.model_copy(update={"artifact": result.publish.artifact}))
+
+    def _absorb_training(self, train: TrainResult) -> None:
+        old: MetricsStatus = self.get("metrics") or MetricsStatus()
+        found = {
+            "training_loss": decimal(train.training_loss),
+            "evaluation_loss": decimal(train.evaluation_loss),
+            "tokens_per_second": decimal(train.tokens_per_second),
+            "samples_per_second": decimal(train.samples_per_second),
+            "peak_memory_bytes": train.peak_memory_bytes,
+        }
+        progress: ProgressStatus | None = self.get("progress")
+        if progress is not None:
+            self.set(progress=progress.model_copy(update={"step": train.steps, "total_steps": train.steps}))
+        first = train.scores[0] if train.scores else None
+        self.set(
+            metrics=old.model_copy(update={name: value for name, value in found.items() if value is not None}),
+            metric=f"{first.metric}={first.value}" if first else self.get("metric"),
+            result=ResultStatus(
+                split=train.split, baseline=train.baseline, scores=train.scores, gate=train.gate, artifact=None
+            ),
+        )
+
+    def fail(self, failure: FailureStatus) -> None:
+        """Ends the job: it stays failed whatever happens to its children."""
+        message = f"{failure.stage}: {failure.message}" if failure.stage else failure.message
+        self.conditions.set(ConditionType.FAILED, True, failure.reason, message)
+        self.conditions.set(ConditionType.COMPLETE, False, failure.reason, message)
+        self.running(False, failure.reason, message)
+        self.events.append(Event("Warning", failure.reason.value, shorten(message), key="Failed"))
+        progress: ProgressStatus | None = self.get("progress")
+        if progress is not None:
+            self.at(progress.percentage)
+        self.set(failure=failure, completion_time=format_time(self._now))
+        self.enter(Phase.FAILED, message)
+
+    def succeed(self, message: str) -> None:
+        self.conditions.set(ConditionType.COMPLETE, True, Reason.SUCCEEDED, message)
+        self.running(False, Reason.SUCCEEDED, message)
+        self.at(100)
+        self.set(completion_time=format_time(self._now))
+        self.enter(Phase.SUCCEEDED, message)

@@ -1,0 +1,334 @@
+"""The port `Cluster` on a Kubernetes API server. Reads come from the store, writes go to the server and into the store.
+
+Every write names the uid or the resourceVersion of the object that it is meant for: an object of the same name that
+was made since is never touched.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from finetune_api.constants import API_VERSION, FIELD_MANAGER, GROUP, KIND, PLURAL, Stage
+from finetune_api.progress import Progress
+from finetune_api.status import FineTuneJobStatus
+
+from finetune_operator.api import APPLY_PATCH, MERGE_PATCH, ApiError, ApiServer, api_path
+from finetune_operator.cluster import ClusterError, Event, NameClashError, RejectedError, UnavailableError
+from finetune_operator.observed import (
+    Key,
+    Manifest,
+    Observed,
+    Resource,
+    format_time,
+    is_owned_by,
+    is_running,
+    manifest_hash_of,
+    parse_time,
+    stage_of,
+)
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
+
+logger = logging.getLogger(__name__)
+
+PLURALS = {
+    "ConfigMap": "configmaps",
+    "Job": "jobs",
+    "NetworkPolicy": "networkpolicies",
+    "PersistentVolumeClaim": "persistentvolumeclaims",
+    "Service": "services",
+}
+REPLACEABLE = ("ConfigMap", "NetworkPolicy")
+"""What is brought up to date when the operator would write it differently today; the rest is immutable."""
+
+JOB_UID_ANNOTATION = f"{GROUP}/job-uid"
+"""Stands for the owner reference on a workspace claim that outlives its FineTuneJob."""
+
+QUIET_START_SECONDS = 5.0
+"""A pod that has waited for longer is asked for its events..."""
+
+POD_EVENTS_SECONDS = 5.0
+"""...at most this often."""
+
+MAX_EVENT_MESSAGE = 1024
+
+
+class KubeCluster:
+    """`seconds_to_write` is asked before each write: how long it may take; it raises if there may be none.
+    `progress_of` gives the newest word of the pod with that uid."""
+
+    def __init__(
+        self,
+        api: ApiServer,
+        store: Store,
+        seconds_to_write: Callable[[], float],
+        progress_of: Callable[[str], Progress | None],
+        identity: str = FIELD_MANAGER,
+    ) -> None:
+        self._api = api
+        self._store = store
+        self._seconds_to_write = seconds_to_write
+        self._progress_of = progress_of
+        self._identity = identity
+        self._pod_events: dict[str, tuple[float, Sequence[Manifest]]] = {}  # by pod uid: when asked, answer
+
+    # --- reading
+
+    async def observe(self, key: Key) -> tuple[Resource, Observed] | None:
+        bodies = self._store.get(FINE_TUNE_JOBS, key)
+        if not bodies:
+            return None
+        # of a resource that was deleted and made anew, both may be here for a moment
+        resource = Resource.read(max(bodies, key=lambda body: body["metadata"].get("creationTimestamp", "")))
+        jobs: dict[Stage, Manifest] = {}
+        for job in self._store.get(JOBS, key):
+            stage = stage_of(job)
+            if stage is not None and is_owned_by(job, resource.uid):
+                jobs[stage] = job
+        pods: dict[Stage, list[Manifest]] = {}
+        for stage, job in jobs.items():
+            mine = [pod for pod in self._store.get(PODS, key) if is_owned_by(pod, job["metadata"]["uid"])]
+            if mine:
+                pods[stage] = sorted(mine, key=_age_order)
+        current = next((stage for stage in reversed(Stage) if stage in jobs), None)
+        newest = pods.get(current, []) if current else []
+        return resource, Observed(
+            jobs=jobs,
+            pods=pods,
+            progress=self._progress(current, newest) if current else None,
+            pod_events=await self._events_of_waiting_pod(newest),
+        )
+
+    def _progress(self, stage: Stage, pods: Sequence[Manifest]) -> Progress | None:
+        """The word of the first node's newest running pod; a word about another stage is none."""
+        running = [pod for pod in reversed(pods) if is_running(pod)]
+        for pod in sorted(running, key=_index_of):  # stable: the newest first
+            progress = self._progress_of(pod["metadata"]["uid"])
+            if progress is not None and progress.stage == stage:
+                return progress
+        return None
+
+    async def _events_of_waiting_pod(self, pods: Sequence[Manifest]) -> Sequence[Manifest]:
+        """Why the newest pod does not start, in the words of those who should start it."""
+        pod = pods[-1] if pods else {}
+        created = parse_time(pod["metadata"].get("creationTimestamp")) if pod else None
+        if (pod.get("status") or {}).get("phase") != "Pending" or created is None:
+            return ()
+        if 0 <= time.time() - created < QUIET_START_SECONDS:
+            return ()
+        metadata = pod["metadata"]
+        asked, events = self._pod_events.get(metadata["uid"], (None, ()))
+        if asked is not None and time.monotonic() - asked < POD_EVENTS_SECONDS:
+            return events
+        try:
+            selector = {"fieldSelector": f"involvedObject.uid={metadata['uid']}"}
+            events, _ = await self._api.list_all(api_path("v1", "events", metadata["namespace"]), selector)
+        except ApiError as error:  # a help for people, not worth a failed reconcile
+            logger.warning("Cannot read the events of pod %s: %s", metadata["name"], error)
+        events = sorted(events, key=_last_seen)
+        self._pod_events = {uid: entry for uid, entry in self._pod_events.items() if _is_fresh(entry)}
+        self._pod_events[metadata["uid"]] = (time.monotonic(), events)
+        return events
+
+    # --- writing
+
+    async def create(self, resource: Resource, manifest: Manifest) -> None:
+        """POST, and not server-side apply: that would merge into an object of this name which is not ours."""
+        metadata = manifest["metadata"]
+        collection = api_path(manifest["apiVersion"], PLURALS[manifest["kind"]], metadata["namespace"])
+        try:
+            answer = await self._write("POST", collection, manifest, query={"fieldManager": FIELD_MANAGER})
+        except ApiError as error:
+            if error.reason == "AlreadyExists":
+                await self._adopt(resource, manifest)
+            elif "NamespaceTerminating" in error.causes:
+                logger.debug("%s: the namespace is being deleted", _name(manifest))
+            else:
+                raise _as_cluster_error(f"cannot create {_name(manifest)}", error) from error
+        else:
+            if manifest["kind"] == "Job":
+                self._store.put(JOBS, answer)
+
+    async def _adopt(self, resource: Resource, manifest: Manifest) -> None:
+        """Finds out whose the object of that name is, and renews ours where it may be renewed."""
+        metadata, name = manifest["metadata"], _name(manifest)
+        path = api_path(manifest["apiVersion"], PLURALS[manifest["kind"]], metadata["namespace"], metadata["name"])
+        try:
+            existing = await self._api.request("GET", path)
+        except ApiError as error:
+            raise UnavailableError(f"{name} exists but cannot be read: {error}") from error
+        found = existing["metadata"]
+        if "deletionTimestamp" in found or _is_of_predecessor(existing, resource):
+            raise UnavailableError(f"{name} of an earlier try is still being deleted")
+        retained_for = (found.get("annotations") or {}).get(JOB_UID_ANNOTATION)
+        if retained_for is not None and retained_for != resource.uid:
+            raise NameClashError(
+                f"{name} was retained from an earlier FineTuneJob: delete it, or rename this FineTuneJob and name the "
+                "claim in spec.workspace.claimName"
+            )
+        if retained_for is None and not is_owned_by(existing, resource.uid):
+            raise NameClashError(f"{name} exists and belongs to somebody else: rename the FineTuneJob or delete it")
+        if manifest["kind"] == "Job":
+            self._store.put(JOBS, existing)
+        elif manifest["kind"] in REPLACEABLE and manifest_hash_of(existing) != manifest_hash_of(manifest):
+            # PUT, and not server-side apply: that would leave fields that a former version of us has written
+            current = {"uid": found["uid"], "resourceVersion": found["resourceVersion"]}
+            try:
+                await self._write("PUT", path, {**manifest, "metadata": {**metadata, **current}})
+            except ApiError as error:
+                raise _as_cluster_error(f"cannot update {name}", error) from error
+            logger.info("%s is brought up to date", name)
+
+    async def set_suspend(self, resource: Resource, stage: Stage, suspend: bool) -> None:
+        job = self._child(resource, stage)
+        if job is None:
+            return
+        patch = {"metadata": {"uid": job["metadata"]["uid"]}, "spec": {"suspend": suspend}}
+        try:
+            answer = await self._write("PATCH", _path_of(JOBS.api_version, "jobs", job), patch, MERGE_PATCH)
+        except ApiError as error:
+            if error.status != 404 and "metadata.uid" not in str(error):  # gone, or gone and made anew
+                raise _as_cluster_error(f"cannot set spec.suspend of Job {job['metadata']['name']}", error) from error
+        else:
+            self._store.update(JOBS, answer)
+
+    async def delete_child(self, resource: Resource, stage: Stage) -> None:
+        job = self._child(resource, stage)
+        if job is not None:
+            path = _path_of(JOBS.api_version, "jobs", job)
+            answer = await self._delete(path, job["metadata"]["uid"], "Foreground")
+            if answer is not None and answer.get("kind") == "Job":
+                self._store.update(JOBS, answer)
+
+    async def delete(self, resource: Resource) -> None:
+        path = api_path(API_VERSION, PLURAL, resource.key.namespace, resource.key.name)
+        await self._delete(path, resource.uid, "Background")
+
+    async def write_status(self, resource: Resource, status: FineTuneJobStatus) -> None:
+        """Server-side apply of the whole status: what it lacks is removed.
+
+        The resourceVersion makes sure that it is this resource: the API server ignores a uid here. If the resource
+        has changed since, nothing is written: the watch will tell, and the status will be worked out anew.
+        """
+        known = self._store.find(resource.uid)
+        if known is None:
+            return
+        metadata = {
+            "name": resource.key.name,
+            "namespace": resource.key.namespace,
+            "resourceVersion": known["metadata"]["resourceVersion"],
+        }
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status.to_dict()}
+        path = api_path(API_VERSION, PLURAL, resource.key.namespace, resource.key.name, "status")
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        try:
+            answer = await self._write("PATCH", path, body, APPLY_PATCH, query)
+        except ApiError as error:
+            if error.status in (404, 409):
+                logger.debug("The status was not written: %s", error)
+                return
+            raise _as_cluster_error("cannot write the status", error) from error
+        self._store.update(FINE_TUNE_JOBS, answer)
+
+    async def emit(self, resource: Resource, event: Event) -> None:
+        try:
+            path = api_path("v1", "events", resource.key.namespace)
+            await self._write("POST", path, self._event(resource, event))
+        except ClusterError:  # not the leader any more
+            logger.debug("Event %s was not recorded", event.reason)
+        except ApiError as error:
+            if error.reason != "AlreadyExists" and "NamespaceTerminating" not in error.causes:
+                logger.warning("Event %s was not recorded: %s", event.reason, error)
+
+    def _event(self, resource: Resource, event: Event) -> Manifest:
+        """A core/v1 Event. Its name follows from what it says, so that it exists once."""
+        identity = "\n".join((resource.uid, event.type, event.reason, event.key))
+        now = format_time(time.time())
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "name": f"{resource.key.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+                "namespace": resource.key.namespace,
+            },
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": resource.key.namespace,
+                "name": resource.key.name,
+                "uid": resource.uid,
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:MAX_EVENT_MESSAGE],
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "reportingInstance": self._identity,
+        }
+
+    def _child(self, resource: Resource, stage: Stage) -> Manifest | None:
+        jobs = self._store.get(JOBS, resource.key)
+        return next((job for job in jobs if stage_of(job) == stage and is_owned_by(job, resource.uid)), None)
+
+    async def _delete(self, path: str, uid: str, propagation: str) -> Manifest | None:
+        options = {"propagationPolicy": propagation, "preconditions": {"uid": uid}}
+        try:
+            return await self._write("DELETE", path, options)
+        except ApiError as error:
+            if error.status in (404, 409):  # gone, or gone and made anew
+                return None
+            raise _as_cluster_error(f"cannot delete {path}", error) from error
+
+    async def _write(
+        self,
+        method: str,
+        path: str,
+        body: Manifest,
+        content_type: str = "application/json",
+        query: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """Raises ApiError, or UnavailableError if this replica may not write."""
+        timeout = self._seconds_to_write()
+        return await self._api.request(method, path, body, query=query, content_type=content_type, timeout=timeout)
+
+
+def _path_of(api_version: str, plural: str, body: Manifest) -> str:
+    return api_path(api_version, plural, body["metadata"]["namespace"], body["metadata"]["name"])
+
+
+def _name(manifest: Manifest) -> str:
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
+
+
+def _age_order(pod: Manifest) -> tuple[str, str]:
+    return pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]
+
+
+def _index_of(pod: Manifest) -> int:
+    """Number of the pod's node in an Indexed Job."""
+    text = (pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _last_seen(event: Manifest) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp", ""))
+
+
+def _is_fresh(entry: tuple[float, Sequence[Manifest]]) -> bool:
+    return time.monotonic() - entry[0] < POD_EVENTS_SECONDS
+
+
+def _is_of_predecessor(existing: Manifest, resource: Resource) -> bool:
+    """Whether its owner was an earlier FineTuneJob of the same name: garbage collection has not come by yet."""
+    return any(
+        owner.get("kind") == KIND and owner.get("name") == resource.key.name and owner.get("uid") != resource.uid
+        for owner in existing["metadata"].get("ownerReferences") or ()
+    )
+
+
+def _as_cluster_error(what: str, error: ApiError) -> ClusterError:
+    kind = RejectedError if error.status in (400, 413, 422) else UnavailableError
+    return kind(f"{what}: {error}")

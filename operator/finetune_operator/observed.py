@@ -1,0 +1,137 @@
+"""What the operator knows about one job at one moment: the resource, its child Jobs, their pods and their words.
+
+Objects of Kubernetes stay dicts in their JSON form, as the API server sent them; nothing here asks for more.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, Stage
+from finetune_api.progress import Progress, Result
+from finetune_api.status import FineTuneJobStatus
+from pydantic import ValidationError
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Names a FineTuneJob in the work queue."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A FineTuneJob as it was read. `spec` is not parsed yet: a CRD that is not ours may have let anything in."""
+
+    key: Key
+    uid: str
+    generation: int
+    deleting: bool
+    spec: Manifest
+    status: FineTuneJobStatus
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "Resource":
+        """From the JSON form. A status that is not ours counts as empty: it is written anew."""
+        metadata = body["metadata"]
+        try:
+            status = FineTuneJobStatus.model_validate_json(json.dumps(body.get("status") or {}))
+        except ValidationError:
+            status = FineTuneJobStatus()
+        return cls(
+            key=Key(metadata.get("namespace", "default"), metadata["name"]),
+            uid=metadata["uid"],
+            generation=metadata.get("generation", 1),
+            deleting="deletionTimestamp" in metadata,
+            spec=json.loads(json.dumps(body.get("spec") or {})),
+            status=status,
+        )
+
+    def child_name(self, stage: Stage) -> str:
+        return f"{self.key.name}-{stage}"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The children of one job. All mappings lack what does not exist."""
+
+    jobs: Mapping[Stage, Manifest] = field(default_factory=dict)
+    """The child Jobs that this resource owns (by uid)."""
+    pods: Mapping[Stage, Sequence[Manifest]] = field(default_factory=dict)
+    """Pods of each stage, oldest first."""
+    progress: Progress | None = None
+    """The newest word of the running pod."""
+    pod_events: Sequence[Manifest] = ()
+    """Events about a pod that does not start (core/v1 Event), oldest first."""
+
+
+def is_owned_by(child: Mapping[str, Any], uid: str) -> bool:
+    """Whether the object is the resource's own child, and not one that happens to have its name."""
+    return any(owner.get("uid") == uid for owner in child["metadata"].get("ownerReferences") or ())
+
+
+def stage_of(child: Mapping[str, Any]) -> Stage | None:
+    """The stage that a Job or pod is labelled with."""
+    value = (child["metadata"].get("labels") or {}).get(STAGE_LABEL)
+    return Stage(value) if value in set(Stage) else None
+
+
+def job_name_of(child: Mapping[str, Any]) -> str | None:
+    """Name of the FineTuneJob that a Job or pod is labelled with."""
+    return (child["metadata"].get("labels") or {}).get(JOB_LABEL)
+
+
+def manifest_hash_of(child: Mapping[str, Any]) -> str | None:
+    return (child["metadata"].get("annotations") or {}).get(HASH_ANNOTATION)
+
+
+def parse_time(text: str | None) -> float | None:
+    """Unix time of a Kubernetes timestamp."""
+    return None if text is None else datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
+def format_time(moment: float) -> str:
+    """A Kubernetes timestamp, in whole seconds."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def condition_of(child: Mapping[str, Any], kind: str) -> Manifest | None:
+    """The condition of that type, if its status is True."""
+    for condition in (child.get("status") or {}).get("conditions") or ():
+        if condition["type"] == kind and condition["status"] == "True":
+            return dict(condition)
+    return None
+
+
+def container_of(pod: Mapping[str, Any]) -> Manifest:
+    """Status of the pod's only container; empty before the kubelet has said anything."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or [{}]
+    return dict(statuses[0])
+
+
+def terminated(pod: Mapping[str, Any]) -> Manifest | None:
+    """The container's end: exitCode, reason, message; None while there is none."""
+    state = container_of(pod).get("state") or {}
+    return state.get("terminated")
+
+
+def is_running(pod: Mapping[str, Any]) -> bool:
+    return (pod.get("status") or {}).get("phase") == "Running" and terminated(pod) is None
+
+
+def result_of(pod: Mapping[str, Any]) -> Result | None:
+    """What the trainer said at its end; None if it could not say anything, or something that is not ours."""
+    end = terminated(pod)
+    try:
+        return Result.model_validate_json(end["message"]) if end and end.get("message") else None
+    except ValidationError:
+        return None

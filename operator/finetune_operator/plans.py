@@ -1,0 +1,288 @@
+"""FineTuneJob -> plan.json: every setting that the user left open is chosen here, and shown in `status.resolved`. Pure.
+
+Where files lie is a `Layout`'s to say: `PodLayout` in a cluster; `finetune run` has its own.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from typing import Protocol
+
+from finetune_api.constants import Stage
+from finetune_api.kubernetes import LocalReference
+from finetune_api.plan import (
+    JobReference,
+    Location,
+    Plan,
+    PlanDataset,
+    PlanDevice,
+    PlanEvaluation,
+    PlanLora,
+    PlanModel,
+    PlanOutput,
+    PlanSource,
+    PlanSplit,
+    PlanTraining,
+)
+from finetune_api.progress import Progress, TrainResult
+from finetune_api.spec import (
+    Columns,
+    FineTuneJobSpec,
+    LoraSpec,
+    MethodType,
+    Metric,
+    ModelSpec,
+    OutputFormat,
+    OutputSpec,
+    Source,
+    Split,
+    Task,
+)
+from finetune_api.status import ResolvedStatus, decimal
+
+from finetune_operator import sizing
+from finetune_operator.observed import Resource
+
+EPOCHS = 3.0
+VALIDATION_FRACTION = 0.1
+LORA_RANK = 16
+LORA_DROPOUT = 0.05
+BATCH_SEQUENCES = {Task.CLASSIFICATION: 32, Task.GENERATION: 16}
+MAX_LENGTH = {Task.CLASSIFICATION: 512, Task.GENERATION: 2048}
+METRICS = {
+    Task.CLASSIFICATION: [Metric.MACRO_F1, Metric.ACCURACY, Metric.LOSS],
+    Task.GENERATION: [Metric.LOSS, Metric.PERPLEXITY],
+}
+LEARNING_RATE = {
+    # BERT (https://arxiv.org/abs/1810.04805) is tuned with 2e-5 to 5e-5, Stanford Alpaca's LLaMA with 2e-5.
+    (MethodType.FULL, Task.CLASSIFICATION): 2e-5,
+    (MethodType.FULL, Task.GENERATION): 2e-5,
+    # Adapters want about ten times as much, at any rank (https://thinkingmachines.ai/blog/lora/). The LoRA paper
+    # (https://arxiv.org/abs/2106.09685, appendix D) tunes RoBERTa-base on GLUE with 4e-4 to 5e-4; QLoRA
+    # (https://arxiv.org/abs/2305.14314) tunes LLaMA up to 13B with 2e-4.
+    (MethodType.LORA, Task.CLASSIFICATION): 5e-4,
+    (MethodType.LORA, Task.GENERATION): 2e-4,
+    # A fresh linear layer on fixed features: Adam's own default (https://arxiv.org/abs/1412.6980).
+    (MethodType.HEAD, Task.CLASSIFICATION): 1e-3,
+}
+
+
+class Layout(Protocol):
+    """Where the trainer finds things."""
+
+    def workspace(self, resource: Resource, spec: FineTuneJobSpec) -> str:
+        """Folder of the job's own, as the trainer sees it."""
+
+    def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
+        """The workspace's artifacts folder, as status names it."""
+
+    def locate(self, uri: str, secret: LocalReference | None) -> Location:
+        """A source or a target, with its mount and the folder of its Secret's keys."""
+
+    def plan_path(self, resource: Resource, stage: Stage) -> str:
+        """The stage's plan.json."""
+
+
+class PodLayout:
+    """In a pod: `render.storage` mounts what this names."""
+
+    WORKSPACE = "/workspace"
+    PLAN = "/plan"
+
+    def workspace(self, resource: Resource, spec: FineTuneJobSpec) -> str:
+        folder = self.workspace_folder(resource, spec)
+        return f"{self.WORKSPACE}/{folder}" if folder else self.WORKSPACE
+
+    def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
+        folder = self.workspace_folder(resource, spec)
+        return f"pvc://{self.workspace_claim(resource, spec)}/" + (f"{folder}/artifacts" if folder else "artifacts")
+
+    def locate(self, uri: str, secret: LocalReference | None) -> Location:
+        scheme, name, inner = split_uri(uri)
+        path = None
+        if scheme in ("pvc", "configmap"):
+            # taken as absolute, `..` ends at the mount
+            path = self.mount_path(scheme, name) + posixpath.normpath("/" + inner.lstrip("/"))
+        return Location(uri=uri, path=path, secret_dir=secret and self.mount_path("secret", secret.name))
+
+    def plan_path(self, resource: Resource, stage: Stage) -> str:
+        return f"{self.PLAN}/plan.json"
+
+    def workspace_claim(self, resource: Resource, spec: FineTuneJobSpec) -> str:
+        """Name of the workspace's PersistentVolumeClaim."""
+        return spec.workspace.claim_name or f"{resource.key.name}-workspace"
+
+    def workspace_folder(self, resource: Resource, spec: FineTuneJobSpec) -> str | None:
+        """The job's folder in a claim that is not its own; None: the whole volume is the job's."""
+        return f"{resource.key.name}-{resource.uid[:8]}" if spec.workspace.claim_name else None
+
+    def mount_path(self, scheme: str, name: str) -> str:
+        """Where a claim (pvc), a ConfigMap (configmap) or a Secret (secret) is mounted."""
+        return f"/sources/{scheme}/{name}" if scheme != "secret" else f"/secrets/{name}"
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Scheme, the name after it (claim, bucket, host), and the rest."""
+    scheme, _, rest = uri.partition("://")
+    name, _, inner = rest.partition("/")
+    return scheme, name, inner
+
+
+def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, LocalReference | None]]:
+    """URI and Secret of all that a stage reads or writes beside the workspace: for training that is nothing."""
+    used: list[ModelSpec | Source | OutputSpec] = []
+    if stage is Stage.PREPARE:
+        splits = (spec.dataset.validation, spec.dataset.test)
+        used = [spec.model, *spec.dataset.sources, *(s for split in splits if split for s in split.sources or ())]
+    elif stage is Stage.PUBLISH:
+        used = [spec.output]
+    for part in used:
+        if part.uri is not None:
+            yield part.uri, part.secret_ref
+
+
+def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> Plan:
+    """The plan of one stage. For train, `resource.status` holds the `data` and the `model` that prepare found."""
+    return Plan(
+        stage=stage,
+        job=JobReference(namespace=resource.key.namespace, name=resource.key.name, uid=resource.uid),
+        workspace=layout.workspace(resource, spec),
+        task=spec.task,
+        model=PlanModel(
+            location=_location(layout, spec.model, stage is Stage.PREPARE),
+            revision=spec.model.revision,
+            trust_remote_code=spec.model.trust_remote_code,
+            allow_pickle=spec.model.allow_pickle,
+        ),
+        dataset=_dataset(spec, stage, layout),
+        method=spec.method.type,
+        lora=_lora(spec),
+        training=_training(resource, spec),
+        evaluation=PlanEvaluation(metrics=_metrics(spec), gate=spec.evaluation.gate),
+        device=PlanDevice(
+            gpus=spec.resources.gpus,
+            nodes=spec.resources.nodes,
+            allow_cpu_fallback=spec.resources.allow_cpu_fallback,
+        ),
+        output=PlanOutput(
+            format=spec.output.format or _usual_format(spec),
+            location=_location(layout, spec.output, stage is Stage.PUBLISH) if spec.output.uri else None,
+            workspace_uri=layout.workspace_uri(resource, spec),
+        ),
+    )
+
+
+def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | None) -> ResolvedStatus:
+    """The settings in force; what only the device decides comes from the running or the finished training."""
+    training, lora, found = plan.training, plan.lora, train or progress
+    precision = (found and found.precision) or training.precision
+    batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
+    return ResolvedStatus(
+        method=f"{plan.method} r={lora.rank} alpha={lora.alpha}" if lora else plan.method,
+        epochs=decimal(training.epochs),
+        max_steps=training.max_steps,
+        learning_rate=decimal(training.learning_rate) or "",
+        schedule=training.schedule,
+        batch_size=batch,
+        micro_batch_tokens=training.micro_batch_tokens,
+        max_length=training.max_length,
+        precision=precision[:16] if precision else None,
+        device=found.device[:128] if found and found.device else None,
+        trainable_parameters=found.trainable_parameters if found else None,
+        checkpoint_steps=training.checkpoint_steps,
+        evaluation_steps=training.evaluation_steps,
+        output=plan.output.format,
+        metrics=[metric.value for metric in plan.evaluation.metrics],
+    )
+
+
+def _location(layout: Layout, part: ModelSpec | Source | OutputSpec, reachable: bool) -> Location:
+    """Only a stage that reads or writes it has it mounted; for the others it is a name."""
+    uri = part.uri or ""
+    return layout.locate(uri, part.secret_ref) if reachable else Location(uri=uri)
+
+
+def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset:
+    def sources(parts: list[Source] | None, field: str) -> list[PlanSource]:
+        return [
+            PlanSource(
+                location=_location(layout, part, stage is Stage.PREPARE),
+                field=f"{field}.sources[{index}]",
+                format=part.format,
+                columns=part.columns or Columns(),
+            )
+            for index, part in enumerate(parts or ())
+        ]
+
+    def split(part: Split | None, name: str) -> PlanSplit | None:
+        if part is None:
+            return None
+        return PlanSplit(sources=sources(part.sources, f"dataset.{name}"), fraction=part.fraction)
+
+    return PlanDataset(
+        sources=sources(spec.dataset.sources, "dataset"),
+        validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
+        test=split(spec.dataset.test, "test"),
+        labels=spec.dataset.labels,
+        max_rejected=spec.dataset.max_rejected,
+    )
+
+
+def _lora(spec: FineTuneJobSpec) -> PlanLora | None:
+    if spec.method.type is not MethodType.LORA:
+        return None
+    lora = spec.method.lora or LoraSpec()
+    rank = lora.rank or LORA_RANK
+    return PlanLora(
+        rank=rank,
+        alpha=lora.alpha or 2 * rank,
+        dropout=LORA_DROPOUT if lora.dropout is None else lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
+    wanted, data = spec.training, resource.status.data
+    batch = wanted.batch_size
+    plan = PlanTraining(
+        epochs=None if wanted.max_steps else wanted.epochs or EPOCHS,
+        max_steps=wanted.max_steps,
+        learning_rate=wanted.learning_rate or LEARNING_RATE[spec.method.type, spec.task],
+        batch_sequences=batch.sequences if batch else BATCH_SEQUENCES[spec.task],
+        batch_tokens=batch.tokens if batch else None,
+        micro_batch_tokens=wanted.micro_batch_tokens,
+        max_length=data.max_length if data else wanted.max_length or MAX_LENGTH[spec.task],
+        precision=wanted.precision,
+        seed=wanted.seed,
+        schedule=wanted.schedule,
+        warmup_ratio=wanted.warmup_ratio,
+        weight_decay=wanted.weight_decay,
+        max_grad_norm=wanted.max_grad_norm,
+        checkpoint_steps=wanted.checkpoint_steps,
+        evaluation_steps=wanted.evaluation_steps,
+    )
+    return _size(plan, resource, spec)
+
+
+def _size(plan: PlanTraining, resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
+    """The plan with what depends on model and data, if prepare has found them; the user's own values stay."""
+    data, model = resource.status.data, resource.status.model
+    if data is None or model is None:
+        return plan
+    run = sizing.run_length(data, plan.batch_sequences, plan.batch_tokens, plan.epochs, plan.max_steps)
+    batch_tokens = plan.batch_tokens or (plan.batch_sequences or 1) * plan.max_length
+    chosen = {
+        "checkpoint_steps": run.checkpoint_steps,
+        "evaluation_steps": run.evaluation_steps,
+        "micro_batch_tokens": sizing.micro_batch_tokens(spec, model, plan.max_length, batch_tokens),
+    }
+    return plan.model_copy(update={name: value for name, value in chosen.items() if getattr(plan, name) is None})
+
+
+def _metrics(spec: FineTuneJobSpec) -> list[Metric]:
+    """The gate's metric comes last if nobody asked for it: what decides is reported."""
+    metrics, gate = spec.evaluation.metrics or METRICS[spec.task], spec.evaluation.gate
+    return metrics if gate is None or gate.metric in metrics else [*metrics, gate.metric]
+
+
+def _usual_format(spec: FineTuneJobSpec) -> OutputFormat:
+    return OutputFormat.ADAPTER if spec.method.type is MethodType.LORA else OutputFormat.MERGED

@@ -1,0 +1,152 @@
+"""Asks running trainer pods how far they are.
+
+What a pod answers is not trusted: its size, its time and every value in it are bounded, and a pod that does not answer
+is asked less often, so that one tenant's pods cannot hold up another's.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from finetune_api.constants import TELEMETRY_PORT
+from finetune_api.progress import Progress
+from pydantic import ValidationError
+
+from finetune_operator.observed import Key, container_of, is_running
+from finetune_operator.store import PODS, Store
+
+logger = logging.getLogger(__name__)
+
+CONCURRENCY = 50
+TIMEOUT_SECONDS = 2.0
+MAX_BYTES = 64 * 1024
+MAX_TEXT = 128
+MAX_NUMBER = 2**53
+LONGEST_PAUSE = 12
+"""Rounds between two questions to a pod that never answers."""
+
+FAILURES_TO_TELL = 3
+
+
+@dataclass
+class _Pod:
+    """What is known of one pod's answers."""
+
+    key: Key
+    url: str
+    progress: Progress | None = None
+    failures: int = 0
+    ask_at: float = 0.0
+    asking: bool = False
+
+
+class ProgressPoller:
+    """`changed` is called with the FineTuneJob's key when one of its pods has something new to tell."""
+
+    def __init__(
+        self,
+        store: Store,
+        changed: Callable[[Key], None],
+        every_seconds: float,
+        port: int = TELEMETRY_PORT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._changed = changed
+        self._every = every_seconds
+        self._port = port
+        self._clock = clock
+        self._pods: dict[str, _Pod] = {}  # by uid
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+
+    def progress_of(self, pod_uid: str) -> Progress | None:
+        """The last answer of that pod."""
+        pod = self._pods.get(pod_uid)
+        return pod.progress if pod else None
+
+    async def run(self) -> None:
+        """Asks, for ever. A round does not wait for the one before: a pod that is still being asked is left out."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+        connector = aiohttp.TCPConnector(limit=CONCURRENCY, force_close=True)
+        async with (
+            aiohttp.ClientSession(
+                connector=connector,
+                timeout=timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,  # a small answer stays small
+            ) as session,
+            asyncio.TaskGroup() as group,
+        ):
+            while True:
+                for uid, pod in self._due():
+                    pod.asking = True
+                    group.create_task(self._ask(session, uid, pod))
+                await asyncio.sleep(self._every)
+
+    def _due(self) -> list[tuple[str, _Pod]]:
+        """Pods to ask now. Forgets pods that have ended."""
+        running = {}
+        for key, body in self._store.all(PODS):
+            ip = (body.get("status") or {}).get("podIP")
+            if ip and is_running(body) and "running" in (container_of(body).get("state") or {}):
+                running[body["metadata"]["uid"]] = (key, self._url(ip))
+        self._pods = {uid: pod for uid, pod in self._pods.items() if uid in running}
+        for uid, (key, url) in running.items():
+            self._pods.setdefault(uid, _Pod(key, url))
+        now = self._clock()
+        return [(uid, pod) for uid, pod in self._pods.items() if not pod.asking and pod.ask_at <= now]
+
+    def _url(self, ip: str) -> str:
+        return f"http://{f'[{ip}]' if ':' in ip else ip}:{self._port}/progress"
+
+    async def _ask(self, session: aiohttp.ClientSession, uid: str, pod: _Pod) -> None:
+        try:
+            async with self._slots:
+                progress = read_progress(await _fetch(session, pod.url))
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            pod.failures += 1
+            pod.ask_at = self._clock() + self._every * (min(2**pod.failures, LONGEST_PAUSE) - 0.5)
+            level = logging.INFO if pod.failures == FAILURES_TO_TELL else logging.DEBUG
+            logger.log(level, "No progress from a pod of %s at %s: %s", pod.key, pod.url, error or type(error).__name__)
+        else:
+            pod.failures, pod.ask_at = 0, 0.0
+            if progress != pod.progress and uid in self._pods:
+                pod.progress = progress
+                self._changed(pod.key)
+        finally:
+            pod.asking = False
+
+
+async def _fetch(session: aiohttp.ClientSession, url: str) -> bytes:
+    async with session.get(url, allow_redirects=False) as response:
+        if response.status != 200:
+            raise ValueError(f"status {response.status}")
+        body = b""
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise ValueError(f"an answer of more than {MAX_BYTES} bytes")
+        return body
+
+
+def read_progress(body: bytes) -> Progress:
+    """Raises ValueError for what is not a `Progress`, or holds values that no trainer of ours sends."""
+    try:
+        progress = Progress.model_validate_json(body)
+    except ValidationError as error:
+        raise ValueError(f"not a Progress document: {error.error_count()} errors") from None
+    for name, value in progress:
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise ValueError(f"{name} is longer than {MAX_TEXT} characters")
+        if isinstance(value, int | float) and not (abs(value) <= MAX_NUMBER or _is_lost_loss(name, value)):
+            raise ValueError(f"{name} is out of range")
+    return progress
+
+
+def _is_lost_loss(name: str, value: float) -> bool:
+    """A loss may well be nan or infinite; no other number may."""
+    return name.endswith("_loss") and isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,317 @@
+"""`decide`: what to do for one FineTuneJob, given all that is known about it. Pure: no I/O, no clock, no memory.
+
+The stages run one after the other, each as a child Job that is created when the one before it has ended well.
+The status is the only record of what was done: a stage whose outcome stands there never runs again, whatever
+happens to its Job.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.rules import InvalidManifestError, parse_spec
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FailureStatus, FineTuneJobStatus
+
+from finetune_operator.cluster import Event
+from finetune_operator.conditions import shorten
+from finetune_operator.diagnose import pod_failure, stage_failure, waiting_trouble
+from finetune_operator.draft import STAGE_SHARE, Draft
+from finetune_operator.observed import (
+    Manifest,
+    Observed,
+    Resource,
+    condition_of,
+    is_running,
+    parse_time,
+    result_of,
+    terminated,
+)
+from finetune_operator.plans import Layout, build_plan, resolved_status
+from finetune_operator.render import render_stage
+from finetune_operator.settings import Settings
+
+LOOK_AGAIN_SECONDS = 5.0
+"""For what no watch tells: Events about a pod that does not start."""
+
+RESULT_GRACE_SECONDS = 30.0
+"""A Job may be seen as complete before its pod is; after this, the pod is gone and with it the stage's result."""
+
+WORKING = {Stage.PREPARE: Phase.PREPARING, Stage.TRAIN: Phase.TRAINING, Stage.PUBLISH: Phase.PUBLISHING}
+WAITING = {Stage.PREPARE: Phase.PENDING, Stage.TRAIN: Phase.QUEUED, Stage.PUBLISH: Phase.PUBLISHING}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What does not change from job to job."""
+
+    settings: Settings
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now. `create` is in order; all of it may be done twice without harm."""
+
+    status: FineTuneJobStatus
+    create: Sequence[Manifest] = ()
+    suspend: Mapping[Stage, bool] = field(default_factory=dict)
+    restart: Sequence[Stage] = ()
+    """Child Jobs to delete, so that their stage runs again."""
+    delete: bool = False
+    """Delete the resource: its time to live is over."""
+    events: Sequence[Event] = ()
+    requeue_after: float | None = None
+
+
+def decide(resource: Resource, observed: Observed, now: float, context: Context) -> Decision:
+    """The next step for this resource."""
+    if resource.deleting:
+        return Decision(resource.status)
+    try:
+        spec = parse_spec(resource.spec)
+    except InvalidManifestError as error:
+        if _is_finished(resource.status):
+            return Decision(resource.status)
+        return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
+    if _is_finished(resource.status):
+        return _after_the_end(resource, spec, now)
+    draft = Draft(resource, now)
+    draft.conditions.set(ConditionType.ACCEPTED, True, Reason.VALID, "the spec is valid")
+    _note_suspension(draft, spec)
+    return _Walk(resource, spec, observed, now, context, draft).go()
+
+
+def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, message: str) -> Decision:
+    """Fails the job for a cause outside its pods; what still runs is stopped."""
+    draft = Draft(resource, now)
+    if reason is Reason.INVALID_SPEC:
+        draft.conditions.set(ConditionType.ACCEPTED, False, reason, message)
+    draft.fail(FailureStatus(stage=None, reason=reason, message=shorten(message)))
+    running = {stage: True for stage, job in observed.jobs.items() if not _has_ended(job) and not _is_suspended(job)}
+    return Decision(draft.status(), suspend=running, events=draft.events)
+
+
+def _is_finished(status: FineTuneJobStatus) -> bool:
+    return status.phase is not None and status.phase.finished
+
+
+def _after_the_end(resource: Resource, spec: FineTuneJobSpec, now: float) -> Decision:
+    """Nothing but the time to live is left; what was reported stays."""
+    status = resource.status.model_copy(update={"observed_generation": resource.generation})
+    lifetime, ended = spec.limits.ttl_seconds_after_finished, parse_time(status.completion_time)
+    if lifetime is None or ended is None:
+        return Decision(status)
+    left = ended + lifetime - now
+    return Decision(status, delete=True) if left <= 0 else Decision(status, requeue_after=left)
+
+
+def _note_suspension(draft: Draft, spec: FineTuneJobSpec) -> None:
+    if spec.suspend:
+        message = "spec.suspend is true; set it to false to go on"
+        draft.conditions.set(ConditionType.SUSPENDED, True, Reason.SUSPENDED_BY_USER, message)
+    elif draft.conditions.is_true(ConditionType.SUSPENDED):
+        draft.conditions.set(ConditionType.SUSPENDED, False, Reason.RESUMED, "spec.suspend is false again")
+
+
+def _is_suspended(job: Manifest) -> bool:
+    return bool(job["spec"].get("suspend"))
+
+
+def _has_ended(job: Manifest) -> bool:
+    return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One pass over the stages, from the first to the one that the job is in."""
+
+    resource: Resource
+    spec: FineTuneJobSpec
+    observed: Observed
+    now: float
+    context: Context
+    draft: Draft
+
+    def go(self) -> Decision:
+        for stage in Stage:
+            if self._is_done(stage):
+                continue
+            job = self.observed.jobs.get(stage)
+            if job is None:
+                return self._begin(stage)
+            if "deletionTimestamp" in job["metadata"]:  # somebody deleted it: it is made again when it is gone
+                self.draft.running(False, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
+                return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+            if condition_of(job, "Failed"):
+                return self._fail(stage, job)
+            if not condition_of(job, "Complete"):
+                return self._stay(stage, job)
+            result = self._result(stage)
+            if result is None:
+                return self._without_result(stage, job)
+            self._finish(stage, result)
+        self.draft.succeed(self._success_message())
+        return self._decision()
+
+    def _decision(self, **actions: object) -> Decision:
+        return replace(Decision(self.draft.status(), events=tuple(self.draft.events)), **actions)  # type: ignore[arg-type]
+
+    def _is_done(self, stage: Stage) -> bool:
+        result = self.draft.get("result")
+        match stage:
+            case Stage.PREPARE:
+                return self.draft.get("data") is not None
+            case Stage.TRAIN:
+                return result is not None and result.scores is not None
+            case Stage.PUBLISH:
+                return result is not None and result.artifact is not None
+
+    def _result(self, stage: Stage) -> Result | None:
+        """What the stage's pods said when they succeeded; of several nodes, the first one speaks."""
+        for pod in self.observed.pods.get(stage, ()):
+            result = result_of(pod)
+            if result and result.outcome is Outcome.SUCCEEDED and getattr(result, stage.value) is not None:
+                return result
+        return None
+
+    def _begin(self, stage: Stage) -> Decision:
+        """Creates the stage's children; in their first moment they wait, as far as the status knows."""
+        resource = replace(self.resource, status=self.draft.status())
+        plan = build_plan(resource, self.spec, stage, self.context.layout)
+        children = render_stage(
+            resource, self.spec, plan, self.context.settings, self.context.layout, suspended=self.spec.suspend
+        )
+        self.draft.set(attempt=1, resolved=resolved_status(plan, None, None))
+        if stage is Stage.PREPARE:
+            self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
+        self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")
+        return self._decision(create=tuple(children))
+
+    def _wait(self, stage: Stage, reason: Reason, message: str) -> None:
+        if self.spec.suspend:
+            reason, message = Reason.SUSPENDED_BY_USER, "no pod runs while spec.suspend is true"
+        self.draft.running(False, reason, message)
+        self._enter(WAITING[stage], message)
+
+    def _enter(self, phase: Phase, message: str) -> None:
+        if self.spec.suspend:
+            phase, message = Phase.SUSPENDED, "spec.suspend is true; what is done is kept"
+        self.draft.enter(phase, message)
+
+    def _stay(self, stage: Stage, job: Manifest) -> Decision:
+        """The stage's Job is at work: says how far it is, or what it waits for."""
+        pods = self.observed.pods.get(stage, ())
+        attempt = ((job.get("status") or {}).get("failed") or 0) + 1
+        same_attempt = attempt == self.draft.get("attempt")
+        self._note_failed_attempt(stage, pods, attempt)
+        self.draft.set(attempt=attempt)
+        suspend = self._suspension(stage, job)
+        running = [pod for pod in pods if is_running(pod)]
+        if running:
+            self._report(stage, same_attempt)
+            return self._decision(suspend=suspend)
+        starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
+        trouble = waiting_trouble(starting[-1], self.observed.pod_events) if starting else None
+        if trouble is not None and not self.spec.suspend:
+            self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
+            self._enter(WAITING[stage], trouble.message)
+        elif _is_suspended(job) and not self.spec.suspend and not suspend:
+            self._wait(stage, Reason.QUEUED, f"{stage} waits in queue {self._queue()}")
+        else:
+            again = f" again (attempt {attempt})" if attempt > 1 else ""
+            self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}")
+        return self._decision(suspend=suspend, requeue_after=LOOK_AGAIN_SECONDS if starting else None)
+
+    def _queue(self) -> str | None:
+        return self.spec.scheduling.queue_name if self.spec.scheduling else None
+
+    def _suspension(self, stage: Stage, job: Manifest) -> dict[Stage, bool]:
+        """Kueue alone says when a queued Job may run: its `suspend` is never taken back by us."""
+        if self.spec.suspend == _is_suspended(job):
+            return {}
+        if not self.spec.suspend and stage is Stage.TRAIN and self._queue() is not None:
+            return {}
+        return {stage: self.spec.suspend}
+
+    def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
+        """A Warning when a new attempt follows a failed one: why it is needed."""
+        before = self.draft.get("attempt")
+        failed = [pod for pod in pods if terminated(pod) is not None]
+        if before is not None and attempt > before and failed:
+            trouble = pod_failure(failed[-1], stage)
+            message = f"attempt {attempt - 1} of {stage} failed: {trouble.message}"
+            self.draft.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-{attempt}"))
+
+    def _report(self, stage: Stage, same_attempt: bool) -> None:
+        progress = self.observed.progress
+        if progress is None or progress.stage is not stage:
+            self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
+            self._enter(WORKING[stage], f"{stage} runs")
+            return
+        self.draft.follow(stage, progress, same_attempt)
+        if stage is Stage.TRAIN:
+            resource = replace(self.resource, status=self.draft.status())
+            plan = build_plan(resource, self.spec, stage, self.context.layout)
+            self.draft.set(resolved=resolved_status(plan, progress, None))
+        self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
+        self._enter(WORKING[stage], _describe(progress))
+
+    def _finish(self, stage: Stage, result: Result) -> None:
+        """A stage has ended well."""
+        self.draft.absorb(result)
+        self.draft.at(STAGE_SHARE[stage][1])
+        self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")
+        if stage is Stage.PREPARE:
+            data = self.draft.get("data")
+            message = f"{data.rows_kept} rows kept, {data.rows_rejected} rejected, {data.tokens} tokens to train on"
+            self.draft.conditions.set(ConditionType.DATA_READY, True, Reason.PREPARED, message)
+        if stage is Stage.TRAIN:
+            self._finish_training(result)
+
+    def _finish_training(self, result: Result) -> None:
+        resource = replace(self.resource, status=self.draft.status())
+        plan = build_plan(resource, self.spec, Stage.TRAIN, self.context.layout)
+        self.draft.set(resolved=resolved_status(plan, None, result.train))
+        gate = result.train.gate if result.train else None
+        reason, message = (Reason.PASSED, gate.message) if gate else (Reason.NO_GATE, "the spec asks for no gate")
+        self.draft.conditions.set(ConditionType.GATE_PASSED, True, reason, message)
+
+    def _fail(self, stage: Stage, job: Manifest) -> Decision:
+        pods = self.observed.pods.get(stage, ())
+        failure = stage_failure(job, pods, stage)
+        if failure.reason is Reason.GATE_FAILED:  # the scores are the evidence: they stay in the status
+            result = result_of(pods[-1])
+            if result is not None:
+                self.draft.absorb(result)
+            self.draft.conditions.set(ConditionType.GATE_PASSED, False, failure.reason, failure.message)
+        if stage is Stage.PREPARE:
+            self.draft.conditions.set(ConditionType.DATA_READY, False, failure.reason, failure.message)
+        self.draft.fail(failure)
+        return self._decision()
+
+    def _without_result(self, stage: Stage, job: Manifest) -> Decision:
+        """The Job is complete, and no pod tells what it found: wait for the watch, then do the stage again."""
+        completed = parse_time((job.get("status") or {}).get("completionTime"))
+        if completed is None or self.now - completed < RESULT_GRACE_SECONDS:
+            return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+        message = f"the pod of {stage} was deleted before its result was read; {stage} runs again"
+        self.draft.events.append(Event("Warning", Reason.STAGE_FAILED.value, message, key=job["metadata"]["uid"]))
+        self._wait(stage, Reason.POD_STARTING, message)
+        return self._decision(restart=(stage,), requeue_after=LOOK_AGAIN_SECONDS)
+
+    def _success_message(self) -> str:
+        result = self.draft.get("result")
+        scores = "; ".join(
+            f"{score.metric} {score.value}" + (f" (baseline {score.baseline})" if score.baseline else "")
+            for score in result.scores
+        )
+        return f"{scores}; the result is at {result.artifact.uri}"
+
+
+def _describe(progress: Progress) -> str:
+    """What a trainer does now, in a sentence."""
+    if progress.step is None or progress.total_steps is None:
+        return progress.activity
+    return f"{progress.activity}: step {progress.step} of {progress.total_steps}"

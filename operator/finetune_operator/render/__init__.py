@@ -1,0 +1,51 @@
+"""FineTuneJob -> the Kubernetes objects of one stage. Pure: dicts in, dicts out.
+
+network   who may talk to the stage's pods, and to whom they may talk
+storage   the workspace's volume, and what a pod mounts
+pod       the pod template: the restricted Pod Security level in full
+job       the batch/v1 Job: retries, failure policy, queue
+metadata  names, labels, owner and hash of all of them
+"""
+
+from finetune_api.constants import Stage
+from finetune_api.plan import Plan
+from finetune_api.spec import FineTuneJobSpec
+
+from finetune_operator.observed import Manifest, Resource
+from finetune_operator.plans import Layout
+from finetune_operator.render.job import render_job
+from finetune_operator.render.metadata import render_metadata, seal
+from finetune_operator.render.network import render_network_policy
+from finetune_operator.render.storage import render_workspace
+from finetune_operator.settings import Settings
+
+
+def render_stage(
+    resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: Settings, layout: Layout, *, suspended: bool
+) -> list[Manifest]:
+    """The children of `plan.stage` in the order of their creation: what the pods need first, the Job last.
+
+    The workspace's claim is a child of prepare, unless the spec names a claim. Each manifest carries the hash of
+    itself; the Job's own leaves out `suspend`, which changes during a job's life.
+    """
+    children = [
+        render_network_policy(resource, plan.stage, settings),
+        _plan_config_map(resource, plan),
+        render_job(resource, spec, plan.stage, settings, layout.plan_path(resource, plan.stage)),
+    ]
+    if plan.stage is Stage.PREPARE and spec.workspace.claim_name is None:
+        children.insert(0, render_workspace(resource, spec))
+    children = [seal(child) for child in children]
+    children[-1]["spec"]["suspend"] = suspended
+    return children
+
+
+def _plan_config_map(resource: Resource, plan: Plan) -> Manifest:
+    """Immutable: all attempts of a stage follow the same plan."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": render_metadata(resource, resource.child_name(plan.stage), plan.stage),
+        "immutable": True,
+        "data": {"plan.json": plan.to_json(indent=2)},
+    }

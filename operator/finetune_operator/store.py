@@ -1,0 +1,133 @@
+"""What the watches have told about FineTuneJobs, their Jobs and their pods: in memory, found by the FineTuneJob's key.
+
+Our own writes go in too, as the API server answered them, so that a reconcile never acts on what it has itself
+changed since. Of two states of an object the newer wins: resourceVersions of one object compare as integers.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from finetune_api.constants import API_VERSION, JOB_LABEL, PLURAL
+
+from finetune_operator.api import api_path
+from finetune_operator.observed import Key, Manifest, job_name_of
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object that is watched."""
+
+    api_version: str
+    plural: str
+    label: str = ""
+    """Only objects with this label."""
+
+    def path(self, namespace: str | None) -> str:
+        return api_path(self.api_version, self.plural, namespace)
+
+    @property
+    def query(self) -> dict[str, str]:
+        return {"labelSelector": self.label} if self.label else {}
+
+
+FINE_TUNE_JOBS = Kind(API_VERSION, PLURAL)
+JOBS = Kind("batch/v1", "jobs", JOB_LABEL)
+PODS = Kind("v1", "pods", JOB_LABEL)
+KINDS = (FINE_TUNE_JOBS, JOBS, PODS)
+
+
+def key_of(kind: Kind, body: Manifest) -> Key | None:
+    """The FineTuneJob that the object is, or is labelled with."""
+    metadata = body["metadata"]
+    name = metadata["name"] if kind is FINE_TUNE_JOBS else job_name_of(body)
+    return None if name is None else Key(metadata.get("namespace", "default"), name)
+
+
+class Store:
+    """`changed` is called with the key of every FineTuneJob about which something new was put in."""
+
+    def __init__(self) -> None:
+        self.changed: Callable[[Key], None] = lambda _: None
+        self._objects: dict[Kind, dict[Key, dict[str, Manifest]]] = {kind: {} for kind in KINDS}  # by uid
+        self._keys: dict[str, tuple[Kind, Key]] = {}  # by uid
+
+    def known(self) -> Collection[Key]:
+        """All FineTuneJobs."""
+        return tuple(self._objects[FINE_TUNE_JOBS])
+
+    def get(self, kind: Kind, key: Key) -> list[Manifest]:
+        """Objects of that kind which are, or are labelled with, this FineTuneJob."""
+        return list(self._objects[kind].get(key, {}).values())
+
+    def all(self, kind: Kind) -> Iterator[tuple[Key, Manifest]]:
+        for key, objects in self._objects[kind].items():
+            for body in objects.values():
+                yield key, body
+
+    def put(self, kind: Kind, body: Manifest) -> bool:
+        """Takes the object's state unless a newer one is known; says whether it did."""
+        uid = body["metadata"]["uid"]
+        old = self.find(uid)
+        if old is not None and not _is_newer(body, old):
+            return False
+        key = key_of(kind, body)
+        if old is not None and self._keys[uid] != (kind, key):  # its label was changed
+            self._remove(uid)
+        if key is None:
+            return False
+        self._objects[kind].setdefault(key, {})[uid] = _without_managed_fields(body)
+        self._keys[uid] = kind, key
+        self.changed(key)
+        return True
+
+    def update(self, kind: Kind, body: Manifest) -> None:
+        """As `put`, for an object that was there before: one that has been deleted since does not come back."""
+        if body["metadata"]["uid"] in self._keys:
+            self.put(kind, body)
+
+    def remove(self, uid: str) -> None:
+        if uid in self._keys:
+            self.changed(self._remove(uid))
+
+    def replace(self, kind: Kind, namespace: str | None, listed: Collection[Manifest], version: str) -> int:
+        """Makes the store as a list that is true at resourceVersion `version`; returns how many objects differed."""
+        differences = sum(self.put(kind, body) for body in listed)
+        present = {body["metadata"]["uid"] for body in listed}
+        for key, body in list(self.all(kind)):
+            uid = body["metadata"]["uid"]
+            gone = uid not in present and namespace in (None, key.namespace)
+            if gone and _version_of(body) <= int(version or 0):  # else it is younger than the list
+                self.remove(uid)
+                differences += 1
+        return differences
+
+    def find(self, uid: str) -> Manifest | None:
+        """The object with that uid, of whatever kind."""
+        if uid not in self._keys:
+            return None
+        kind, key = self._keys[uid]
+        return self._objects[kind][key][uid]
+
+    def _remove(self, uid: str) -> Key:
+        kind, key = self._keys.pop(uid)
+        objects = self._objects[kind][key]
+        del objects[uid]
+        if not objects:
+            del self._objects[kind][key]
+        return key
+
+
+def _without_managed_fields(body: Manifest) -> Manifest:
+    """They are half of an object's size, and nobody reads them."""
+    return {**body, "metadata": {k: v for k, v in body["metadata"].items() if k != "managedFields"}}
+
+
+def _version_of(body: Manifest) -> int:
+    """resourceVersion as the integer that it is (KEP-5504), 0 for one that is none: then the last word counts."""
+    text = str(body["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_newer(new: Manifest, old: Manifest) -> bool:
+    versions = _version_of(new), _version_of(old)
+    return 0 in versions or versions[0] > versions[1]

@@ -1,0 +1,92 @@
+"""Fixtures of the cluster tests. They use the cluster of KUBECONFIG, and only of that variable."""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from tests.cluster import install, kit
+from tests.cluster.workbench import Workbench, make_workbench
+
+REQUIRED = os.environ.get("FINETUNE_REQUIRE_CLUSTER") == "1"
+reasons: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Images:
+    operator: str
+    trainer: str
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skips the test, or fails it where a cluster is a must."""
+    if REQUIRED:
+        pytest.fail(f"FINETUNE_REQUIRE_CLUSTER=1, but {reason}", pytrace=False)
+    reasons.add(reason)
+    pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("cluster")
+
+
+def pytest_unconfigure() -> None:
+    for reason in reasons:  # after pytest's own summary: the last thing to read
+        print(f"The cluster tests were skipped: {reason}.")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    """A reachable cluster, with kubectl and helm."""
+    if not os.environ.get("KUBECONFIG"):
+        unavailable("KUBECONFIG is not set")
+    for program in ("kubectl", "helm"):
+        if not shutil.which(program):
+            unavailable(f"{program} is not on PATH")
+    try:
+        kit.kubectl("get", "--raw=/readyz", "--request-timeout=10s")
+    except kit.CommandError:
+        unavailable("the cluster of KUBECONFIG does not answer")
+
+
+@pytest.fixture(scope="session")
+def images(cluster: None) -> Images:
+    """Both images of this tree, on the nodes. A change of the code costs about two minutes."""
+    if reason := install.missing_builder():
+        unavailable(reason)
+    return Images(install.build_and_load(install.OPERATOR_IMAGE), install.build_and_load(install.TRAINER_IMAGE))
+
+
+@pytest.fixture(scope="session")
+def operator(images: Images) -> str:
+    """The installed operator with two ready replicas; its namespace. It stays when the tests end."""
+    install.install_operator()
+    return kit.SYSTEM_NAMESPACE
+
+
+@pytest.fixture
+def namespace(cluster: None, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh namespace that enforces the Pod Security level `restricted`; gone after the test."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_")).strip("-")
+    name = f"{words[:40].strip('-')}-{secrets.token_hex(2)}"
+    kit.apply(kit.restricted_namespace(name))
+    yield name
+    kit.kubectl("delete", "namespace", name, "--wait=false")  # from here on nothing new is made in it
+    kit.kubectl("-n", name, "delete", "pods", "--all", "--grace-period=1")
+
+
+@pytest.fixture(scope="session")
+def workbench(operator: str, images: Images) -> Iterator[Workbench]:
+    """A namespace (`restricted`) with models and data, shared by the tests; each submits jobs of its own name."""
+    name = f"workbench-{secrets.token_hex(2)}"
+    kit.apply(kit.restricted_namespace(name))
+    yield make_workbench(name, images.trainer)
+    kit.kubectl("delete", "namespace", name, "--wait=false")

@@ -1,0 +1,109 @@
+"""Brings this tree into the cluster: builds both images, loads them, installs the chart."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tests.cluster.kit import (
+    ROOT,
+    SYSTEM_NAMESPACE,
+    CommandError,
+    apply,
+    describe_operator,
+    kubectl,
+    restricted_namespace,
+    run,
+)
+
+CHART = ROOT / "helm" / "finetune-operator"
+RELEASE = "finetune-operator"
+CLUSTER_TOOL = "FINETUNE_CLUSTER_TOOL"
+"""Variable with the path of a script that builds and loads images: `build -t NAME ...`, `load NAME`, `base-image`."""
+
+CPU_TORCH = "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of this tree: the tag is a hash of what it is made of, so an unchanged tree is not built again."""
+
+    repository: str
+    folder: str
+
+    @cached_property
+    def tag(self) -> str:
+        sources = [ROOT / "pyproject.toml", ROOT / "requirements.lock", ROOT / "LICENSE", ROOT / ".dockerignore"]
+        for folder in (ROOT / "crds", ROOT / self.folder):
+            sources += [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        digest = hashlib.sha256()
+        for path in sorted(sources):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
+        return digest.hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        return f"{self.repository}:{self.tag}"
+
+    @property
+    def on_the_nodes(self) -> bool:
+        nodes = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
+        return any(self.name in (i.get("names") or []) for n in nodes for i in n["status"].get("images", []))
+
+
+OPERATOR_IMAGE = Image("localhost/finetune-operator", "operator")
+TRAINER_IMAGE = Image("localhost/finetune-trainer", "trainer-image")
+
+
+def missing_builder() -> str | None:
+    """Why images cannot be built and loaded here, if so."""
+    if os.environ.get(CLUSTER_TOOL) or (shutil.which("docker") and _kind_cluster()):
+        return None
+    return f"no way to give the cluster images: neither {CLUSTER_TOOL} nor docker with a kind cluster"
+
+
+def build_and_load(image: Image) -> str:
+    """Builds the image with a CPU torch, makes it available to pods, and returns its name."""
+    name = image.name
+    if image.on_the_nodes:
+        return name
+    source = ["-t", name, "-f", f"{image.folder}/Dockerfile"]
+    if tool := os.environ.get(CLUSTER_TOOL):  # where its pip finds a CPU torch by itself
+        run("bash", tool, "base-image", timeout=600)
+        run("bash", tool, "build", *source, ".", timeout=1500)
+        run("bash", tool, "load", name, timeout=600)
+    else:
+        torch = ["--build-arg", CPU_TORCH] if image is TRAINER_IMAGE else []
+        run("docker", "build", *source, *torch, ".", timeout=1500)
+        run("kind", "load", "docker-image", "--name", _kind_cluster(), name, timeout=600)
+    return name
+
+
+def _kind_cluster() -> str:
+    """Name of the kind cluster that kubectl talks to, empty if it is none."""
+    context = kubectl("config", "current-context").strip()
+    return context.removeprefix("kind-") if context.startswith("kind-") and shutil.which("kind") else ""
+
+
+def install_operator(**values: Any) -> None:
+    """Installs or upgrades the chart with this tree's images and waits until both replicas are ready."""
+    settings = {
+        "image": {"repository": OPERATOR_IMAGE.repository, "tag": OPERATOR_IMAGE.tag},
+        "trainer": {"image": {"repository": TRAINER_IMAGE.repository, "tag": TRAINER_IMAGE.tag}},
+        "resources": {"requests": {"cpu": "20m", "memory": "96Mi"}, "limits": {"memory": "384Mi"}},
+        "pollSeconds": 2,
+        "logLevel": "debug",
+        **values,
+    }
+    apply(restricted_namespace(SYSTEM_NAMESPACE))
+    command = ["helm", "upgrade", "--install", RELEASE, str(CHART), "-n", SYSTEM_NAMESPACE, "--wait", "--timeout", "2m"]
+    command.append("--take-ownership")  # somebody may have applied the resource by hand
+    try:
+        run(*command, "-f", "-", input=json.dumps(settings), timeout=180)
+    except (CommandError, subprocess.TimeoutExpired) as error:
+        raise AssertionError(f"the chart was not installed: {error}\n{describe_operator()}") from None

@@ -1,0 +1,163 @@
+"""Killed trainers and operators: nothing is lost, nothing happens twice."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import kit
+from tests.cluster.test_jobs import wait_until_gone
+from tests.cluster.workbench import Workbench, config_map, jsonl, long_classification, tiny_classification
+
+
+def kill_container(pod: dict[str, Any]) -> None:
+    """SIGKILL to the container's first process, from the node (inside, the kernel protects it)."""
+    container = pod["status"]["containerStatuses"][0]["containerID"].split("//")[1]
+    killed = False
+    for cgroup in Path("/proc").glob("[0-9]*/cgroup"):
+        try:
+            ours = container in cgroup.read_text()
+        except OSError:
+            continue
+        if ours:
+            os.kill(int(cgroup.parent.name), signal.SIGKILL)
+            killed = True
+    assert killed, "the container's process was not found on this machine"
+
+
+def kill_operators() -> None:
+    """Both replicas at once, with no time to say good-bye."""
+    kit.kubectl(
+        "-n",
+        kit.SYSTEM_NAMESPACE,
+        "delete",
+        "pods",
+        "-l",
+        kit.OPERATOR_SELECTOR,
+        "--grace-period=0",
+        "--force",
+        "--wait=false",
+    )
+
+
+def wait_for_operators() -> None:
+    kit.kubectl(
+        "-n", kit.SYSTEM_NAMESPACE, "rollout", "status", "deployment/finetune-operator", "--timeout=90s", timeout=100
+    )
+
+
+@contextmanager
+def operator_away() -> Iterator[None]:
+    """No replica of the operator runs."""
+    scale = ["-n", kit.SYSTEM_NAMESPACE, "scale", "deployment/finetune-operator"]
+    kit.kubectl(*scale, "--replicas=0")
+    kit.wait_until(lambda: not kit.items("pods", kit.SYSTEM_NAMESPACE, kit.OPERATOR_SELECTOR), 60, "no operator")
+    try:
+        yield
+    finally:
+        kit.kubectl(*scale, "--replicas=2")
+        wait_for_operators()
+
+
+def step_of(job: dict[str, Any]) -> int:
+    return int((job["status"].get("progress") or {}).get("step") or 0)
+
+
+def job_uids(workbench: Workbench, name: str) -> dict[str, str]:
+    jobs = kit.items("jobs", workbench.namespace, f"finetune-operator.io/job={name}")
+    return {job["metadata"]["name"]: job["metadata"]["uid"] for job in jobs}
+
+
+def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> None:
+    name = workbench.submit(long_classification(steps=4000))
+    workbench.running_pod(name, "train")
+    kit.wait_for(workbench.namespace, name, lambda job: step_of(job) > 500, 90, "training under way")
+    kill_container(workbench.running_pod(name, "train"))
+    kit.wait_for(workbench.namespace, name, lambda job: job["status"].get("attempt") == 2, 60, "attempt 2")
+    job = workbench.wait(name, "Succeeded")
+    pods = kit.pods(workbench.namespace, name, "train")
+    assert len(pods) == 2
+    log = kit.logs(workbench.namespace, pods[-1]["metadata"]["name"])
+    assert "Going on from the checkpoint of step" in log
+    assert step_of(job) == 4000
+    warnings = [e["message"] for e in kit.events(workbench.namespace, name) if e["type"] == "Warning"]
+    assert any("attempt 1 of train failed" in message for message in warnings)
+    workbench.delete(name)
+
+
+@pytest.mark.parametrize("phase", ["Preparing", "Training", "Publishing"])
+def test_operators_killed_in_a_phase_lose_and_double_nothing(workbench: Workbench, phase: str) -> None:
+    name = workbench.submit(long_classification(steps=1500))
+    seen: dict[str, str] = {}
+
+    def reached(job: dict[str, Any]) -> bool:
+        seen.update(job_uids(workbench, name))
+        return job["status"].get("phase") in (phase, "Succeeded")
+
+    kit.wait_for(workbench.namespace, name, reached, 120, phase)
+    kill_operators()
+    job = workbench.wait(name, "Succeeded", 240)
+    after = job_uids(workbench, name)
+    assert set(after) == {f"{name}-prepare", f"{name}-train", f"{name}-publish"}
+    assert all(after[child] == uid for child, uid in seen.items()), "no child was made a second time"
+    assert len(kit.pods(workbench.namespace, name)) == 3, "one pod per stage"
+    assert job["status"]["attempt"] == 1
+    assert job["status"]["result"]["artifact"]["sha256"]
+    wait_for_operators()
+    workbench.delete(name)
+
+
+def test_what_happened_while_the_operator_was_away_is_not_lost(workbench: Workbench) -> None:
+    name = workbench.submit(tiny_classification())
+    workbench.running_pod(name, "prepare")
+    with operator_away():
+        done = "jsonpath={.status.succeeded}"
+        kit.wait_until(
+            lambda: kit.kubectl("-n", workbench.namespace, "get", "job", f"{name}-prepare", "-o", done) == "1",
+            90,
+            "prepare",
+        )
+        late = workbench.submit(tiny_classification())
+    workbench.wait(name, "Succeeded", 180)
+    workbench.wait(late, "Succeeded", 180)
+    workbench.delete(name)
+    workbench.delete(late)
+
+
+def test_deletion_needs_no_operator(workbench: Workbench) -> None:
+    name = workbench.submit(long_classification(steps=100000))
+    workbench.running_pod(name, "train")
+    with operator_away():
+        workbench.delete(name)
+        wait_until_gone(workbench.namespace, name, timeout=150)
+
+
+def test_the_other_replica_takes_over(workbench: Workbench) -> None:
+    def leader() -> str:
+        lease = kit.get("lease", "finetune-operator", kit.SYSTEM_NAMESPACE)
+        return str((lease or {}).get("spec", {}).get("holderIdentity") or "")
+
+    kit.wait_until(lambda: leader() in {p["metadata"]["name"] for p in kit.operator_pods()}, 60, "a leader")
+    first = leader()
+    kit.kubectl("-n", kit.SYSTEM_NAMESPACE, "delete", "pod", first, "--wait=false")
+    kit.wait_until(lambda: leader() not in ("", first), 30, "another leader")
+    name = workbench.submit(tiny_classification())
+    workbench.wait(name, "Succeeded", 180)
+    workbench.delete(name)
+    wait_for_operators()
+
+
+def test_a_broken_job_disturbs_no_other(workbench: Workbench) -> None:
+    workbench.apply(config_map("empty-data", {"rows.jsonl": jsonl([])}))
+    broken = tiny_classification()
+    broken["dataset"] = {**broken["dataset"], "sources": [{"uri": "configmap://empty-data/rows.jsonl"}]}
+    names = [workbench.submit(broken), workbench.submit(tiny_classification()), workbench.submit(broken)]
+    workbench.wait(names[1], "Succeeded", 240)
+    for name in (names[0], names[2]):
+        assert workbench.wait(name, "Failed", 60)["status"]["failure"]["reason"] == "DataInvalid"
+    for name in names:
+        workbench.delete(name)

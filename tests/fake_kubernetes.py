@@ -1,0 +1,137 @@
+"""A small API server in memory, over real HTTP: objects, resourceVersions, uids, preconditions, status subresources.
+
+What it does was taken from a real one (1.36): a status apply ignores a uid and obeys a resourceVersion, a merge patch
+with a wrong uid is 422, a delete with a wrong uid is 409.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from finetune_operator.api import ApiServer
+from kubernetes.aio.client import Configuration
+
+Manifest = dict[str, Any]
+
+
+class FakeKubernetes:
+    def __init__(self) -> None:
+        self.objects: dict[str, Manifest] = {}  # by path
+        self.requests: list[tuple[str, str, Any]] = []
+        """Method, path with query, body."""
+        self.refusals: list[Manifest | int] = []
+        """Answers to the next writes, instead of doing them: a Status, or an HTTP status without one."""
+        self.refuse_reads = False
+        self.lists_per_page = 500
+        self.tokens: list[str] = []
+        """Of all requests, as they were sent."""
+        self._version = 0
+
+    def put(self, path: str, body: Manifest) -> Manifest:
+        """Stores an object as if somebody else had written it."""
+        self._version += 1
+        old = self.objects.get(path)
+        metadata = {
+            **(body.get("metadata") or {}),
+            "resourceVersion": str(self._version),
+            "uid": old["metadata"]["uid"] if old else str(uuid.uuid4()),
+        }
+        metadata.setdefault("name", path.rsplit("/", 1)[-1])
+        metadata.setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
+        if "/namespaces/" in path:
+            metadata.setdefault("namespace", re.findall("/namespaces/([^/]+)", path)[0])
+        self.objects[path] = {**body, "metadata": metadata}
+        return self.objects[path]
+
+    def writes(self) -> list[tuple[str, str]]:
+        return [(method, path) for method, path, _ in self.requests if method != "GET"]
+
+    async def handle(self, request: web.Request) -> web.Response:
+        text = await request.text()
+        body = json.loads(text) if text else None
+        self.tokens.append(request.headers.get("Authorization", ""))
+        self.requests.append((request.method, request.path_qs, body))
+        if self.refusals and (request.method != "GET" or self.refuse_reads):
+            refusal = self.refusals.pop(0)
+            if isinstance(refusal, int):
+                return web.Response(status=refusal, text="<html>no Status</html>")
+            return web.json_response(refusal, status=refusal["code"])
+        answer = getattr(self, f"_{request.method.lower()}")(request, request.path, body)
+        return web.json_response(answer, status=answer["code"] if answer.get("kind") == "Status" else 200)
+
+    def _get(self, request: web.Request, path: str, _: Any) -> Manifest:
+        if path in self.objects:
+            return self.objects[path]
+        if path.rsplit("/", 1)[-1] in ("jobs", "pods", "events", "finetunejobs"):
+            items = [body for name, body in sorted(self.objects.items()) if path in _collections(name)]
+            start = int(request.query.get("continue", "0"))
+            end = start + self.lists_per_page
+            more = {"continue": str(end)} if end < len(items) else {}
+            metadata = {"resourceVersion": str(self._version), **more}
+            return {"kind": "List", "metadata": metadata, "items": items[start:end]}
+        return status(404, "NotFound", f"{path} not found")
+
+    def _post(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+        target = f"{path}/{body['metadata']['name']}"
+        if target in self.objects:
+            return status(409, "AlreadyExists", f"{target} already exists")
+        return self.put(target, body)
+
+    def _put(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+        if path not in self.objects:
+            return status(404, "NotFound", f"{path} not found")
+        if body["metadata"].get("resourceVersion") != self.objects[path]["metadata"]["resourceVersion"]:
+            return status(409, "Conflict", "the object has been modified")
+        return self.put(path, body)
+
+    def _patch(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+        target = path.removesuffix("/status")
+        if target not in self.objects:
+            return status(404, "NotFound", f"{path} not found")
+        known, metadata = self.objects[target], body.get("metadata") or {}
+        if metadata.get("resourceVersion") not in (None, known["metadata"]["resourceVersion"]):
+            return status(409, "Conflict", "the object has been modified")
+        if path != target:
+            return self.put(target, {**known, "status": body["status"]})
+        if metadata.get("uid") not in (None, known["metadata"]["uid"]):
+            return status(422, "Invalid", "metadata.uid: Invalid value: field is immutable")
+        return self.put(target, {**known, "spec": {**known.get("spec", {}), **body.get("spec", {})}})
+
+    def _delete(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+        if path not in self.objects:
+            return status(404, "NotFound", f"{path} not found")
+        if body["preconditions"]["uid"] != self.objects[path]["metadata"]["uid"]:
+            return status(409, "Conflict", "the UID in the precondition does not match")
+        if body["propagationPolicy"] == "Foreground":
+            known = self.objects[path]
+            return self.put(path, {**known, "metadata": {**known["metadata"], "deletionTimestamp": "now"}})
+        del self.objects[path]
+        return {"kind": "Status", "code": 200}
+
+
+def _collections(path: str) -> tuple[str, str]:
+    """The lists that hold the object: of its namespace and of all."""
+    collection = path.rsplit("/", 1)[0]
+    return collection, re.sub("/namespaces/[^/]+", "", collection)
+
+
+def status(code: int, reason: str, message: str, *causes: str) -> Manifest:
+    details = {"causes": [{"reason": cause} for cause in causes]}
+    return {"kind": "Status", "code": code, "reason": reason, "message": message, "details": details}
+
+
+@asynccontextmanager
+async def fake_kubernetes() -> AsyncIterator[tuple[FakeKubernetes, ApiServer]]:
+    """The server and a connection to it."""
+    fake = FakeKubernetes()
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", fake.handle)
+    async with TestServer(application) as server:
+        api = ApiServer(Configuration(host=str(server.make_url("")), api_key={"BearerToken": "bearer t0ken"}))
+        yield fake, api
+        await api.close()

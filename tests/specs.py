@@ -1,0 +1,534 @@
+"""FineTuneJobs by example: what is accepted, what is refused and with which words, what may change after creation.
+
+One table for two judges: `finetune run` (tests/unit/api) and a real API server (tests/cluster/test_validation.py).
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.constants import API_VERSION, KIND
+
+Manifest = dict[str, Any]
+Changes = Mapping[str, Any]
+
+LEFT_OUT = object()
+"""As a value in changes: the key is removed."""
+
+TEXTS = [{"uri": "pvc://data/texts.jsonl"}]
+CLASSIFICATION: Manifest = {
+    "task": "Classification",
+    "model": {"uri": "hf://owner/encoder"},
+    "dataset": {"sources": TEXTS},
+}
+GENERATION: Manifest = {"task": "Generation", "model": {"uri": "hf://owner/decoder"}, "dataset": {"sources": TEXTS}}
+
+
+def manifest(spec: Manifest, changes: Changes, name: str = "example") -> Manifest:
+    """A FineTuneJob. A key of `changes` is a path in the spec, or in the whole manifest if it begins with a dot."""
+    job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": copy.deepcopy(spec)}
+    for path, value in changes.items():
+        *parents, key = (path[1:] if path.startswith(".") else f"spec.{path}").split(".")
+        place: Any = job
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if value is LEFT_OUT:
+            place.pop(key, None)
+        else:
+            place[key] = copy.deepcopy(value)
+    return job
+
+
+@dataclass(frozen=True)
+class Valid:
+    name: str
+    changes: Changes = field(default_factory=dict)
+    spec: Manifest = field(default_factory=lambda: CLASSIFICATION)
+
+    @property
+    def manifest(self) -> Manifest:
+        return manifest(self.spec, self.changes)
+
+
+@dataclass(frozen=True)
+class Invalid(Valid):
+    field: str = ""
+    words: str = ""
+    """Part of the API server's message, and of ours where `our_words` does not say otherwise."""
+    our_words: str = ""
+    cluster_only: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """A job of `spec` with the changes `before`, then `after` instead; refused at `field` unless that is empty."""
+
+    name: str
+    before: Changes
+    after: Changes
+    field: str = ""
+
+
+def _bound(path: str, value: Any, words: str, our_words: str = "", *, place: str = "", **others: Any) -> Invalid:
+    """`value` at `path` is refused; `place` is where the error points if that is within the value."""
+    shown = str(value)[:24]
+    return Invalid(
+        f"{path}={shown}", {**others, path: value}, field=f"spec.{path}{place}", words=words, our_words=our_words
+    )
+
+
+def _range(path: str, low: Any, low_words: str, high: Any, high_words: str) -> list[Invalid]:
+    return [_bound(path, low, low_words), _bound(path, high, high_words)]
+
+
+def _choice(path: str, value: Any, place: str = "") -> Invalid:
+    return _bound(path, value, "Unsupported value", "input should be '", place=place)
+
+
+def _pattern(path: str, value: Any, place: str = "") -> Invalid:
+    return _bound(path, value, "should match '", "should match pattern '", place=place)
+
+
+def _too_long(path: str, length: int, value: Any = None, place: str = "", **others: Any) -> Invalid:
+    words = f"may not be more than {length} bytes"
+    text = "x" * (length + 1)
+    return _bound(path, value or text, words, f"should have at most {length} characters", place=place, **others)
+
+
+def _too_many(
+    path: str, most: int, one: Any, place: str = "", within: Callable[[Any], Any] = lambda value: value
+) -> Invalid:
+    """`one` stands once too often in the list at `path`, or in the list that `within` wraps and `place` finds."""
+    return _bound(
+        path,
+        within([one] * (most + 1)),
+        f"must have at most {most} items",
+        f"should have at most {most} items",
+        place=place,
+    )
+
+
+def _too_many_keys(path: str, most: int, value: Any) -> Invalid:
+    keys = {f"name-{i}": value for i in range(most + 1)}
+    return _bound(path, keys, f"must have at most {most} items", f"should have at most {most} items")
+
+
+def _needs(path: str, field: str, value: Any) -> Invalid:
+    return Invalid(
+        f"{field} is required", {path: value}, field=f"spec.{field}", words="Required value", our_words="is required"
+    )
+
+
+def _source(**keys: Any) -> list[Manifest]:
+    return [{**TEXTS[0], **keys}]
+
+
+def _uri(uri: str, words: str) -> Invalid:
+    return Invalid(
+        f"source {uri}", {"dataset.sources": [{"uri": uri}]}, field="spec.dataset.sources[0].uri", words=words
+    )
+
+
+_TERM = "scheduling.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED = "scheduling.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution"
+_NEAR = "scheduling.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution"
+
+BOUNDS = [
+    _choice("task", "Translation"),
+    _too_long("model.uri", 1024, "hf://owner/" + "x" * 1024),
+    _pattern("model.revision", "main branch"),
+    _too_long("model.revision", 128),
+    _pattern("model.secretRef.name", "My_Secret"),
+    _too_long("model.secretRef.name", 253),
+    _bound("model.trustRemoteCode", "true", "must be of type boolean", "should be a valid boolean"),
+    _bound("dataset.sources", [], "should have at least 1 items", "should have at least 1 item"),
+    _too_many("dataset.sources", 32, TEXTS[0]),
+    _choice("dataset.sources", _source(format="CSV"), "[0].format"),
+    *(_too_long("dataset.sources", 128, _source(columns={column: "x" * 129}), f"[0].columns.{column}")
+      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output")),
+    _bound("dataset.sources", _source(columns={"label": ""}), "at least 1 chars long", "at least 1 character",
+           place="[0].columns.label"),
+    _bound("dataset.validation.sources", [], "should have at least 1 items", "should have at least 1 item"),
+    *_range("dataset.validation.fraction", 0, "greater than 0", 1, "less than 1"),
+    *_range("dataset.test.fraction", 0, "greater than 0", 1, "less than 1"),
+    _bound("dataset.labels", ["one"], "should have at least 2 items"),
+    _too_many("dataset.labels", 512, "x"),
+    _too_long("dataset.labels", 128, ["a", "x" * 129], "[1]"),
+    _bound("dataset.labels", ["a", ""], "at least 1 chars long", "at least 1 character", place="[1]"),
+    _bound("dataset.labels", [0, 1], "must be of type string", "should be a valid string", place="[0]"),
+    *_range("dataset.maxRejected", -0.1, "greater than or equal to 0", 1, "less than 1"),
+    _choice("method.type", "QLoRA"),
+    *_range("method.lora.rank", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
+    *_range("method.lora.alpha", 0, "greater than or equal to 1", 4097, "less than or equal to 4096"),
+    *_range("method.lora.dropout", -0.1, "greater than or equal to 0", 1, "less than 1"),
+    _bound("method.lora.targetModules", [], "should have at least 1 items", "should have at least 1 item"),
+    _too_many("method.lora.targetModules", 64, "x"),
+    _bound("method.lora.targetModules", [""], "at least 1 chars long", "at least 1 character", place="[0]"),
+    *_range("training.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
+    *_range("training.maxSteps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
+    _bound("training.maxSteps", 1.5, "must be of type integer", "should be a valid integer"),
+    _bound("training.maxSteps", "10", "must be of type integer", "should be a valid integer"),
+    *_range("training.learningRate", 0, "greater than 0", 10.1, "less than or equal to 10"),
+    *_range("training.batchSize.sequences", 0, "greater than or equal to 1", 65537, "less than or equal to 65536"),
+    *_range("training.batchSize.tokens", 0, "greater than or equal to 1", 67108865, "less than or equal to"),
+    *_range("training.microBatchTokens", 0, "greater than or equal to 1", 4194305, "less than or equal to"),
+    *_range("training.maxLength", 7, "greater than or equal to 8", 1048577, "less than or equal to"),
+    _choice("training.precision", "fp16"),
+    *_range("training.seed", -1, "greater than or equal to 0", 4294967296, "less than or equal to"),
+    _choice("training.schedule", "cosine"),
+    *_range("training.warmupRatio", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
+    *_range("training.weightDecay", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
+    *_range("training.maxGradNorm", 0, "greater than 0", 1001, "less than or equal to 1000"),
+    *_range("training.checkpointSteps", 0, "greater than or equal to 1", 10_000_001, "less than or equal to"),
+    *_range("training.evaluationSteps", 0, "greater than or equal to 1", 10_000_001, "less than or equal to"),
+    _choice("evaluation.metrics", ["f1"], "[0]"),
+    _bound("evaluation.metrics", [], "should have at least 1 items", "should have at least 1 item"),
+    _too_many("evaluation.metrics", 8, "loss"),
+    _choice("evaluation.gate.metric", "f1"),
+    *_range("evaluation.gate.minimum", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
+    *_range("evaluation.gate.maximum", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
+    *_range("evaluation.gate.minimumGain", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
+    *_range("resources.gpus", -1, "greater than or equal to 0", 2, "less than or equal to 1"),
+    _pattern("resources.gpuResource", "nvidia.com/"),
+    _too_long("resources.gpuResource", 317),
+    *_range("resources.nodes", 0, "greater than or equal to 1", 2, "less than or equal to 1"),
+    _too_many_keys("resources.requests", 16, 1),
+    _too_many_keys("resources.limits", 16, 1),
+    _pattern("resources.requests.memory", "8GB"),
+    _pattern("resources.limits.memory", "8 Gi"),
+    _pattern("resources.limits.cpu", "-1"),
+    _bound("resources.limits.cpu", -1, "greater than or equal to 0", "should match pattern"),
+    _bound("resources.limits.cpu", 1.5, "must be of type integer,string", "should be a valid string"),
+    _pattern("resources.prepare.requests.memory", "1.2.3"),
+    _pattern("resources.prepare.limits.memory", "8K"),
+    _pattern("scheduling.queueName", "team/a"),
+    _too_long("scheduling.queueName", 63),
+    _pattern("scheduling.priorityClassName", "High"),
+    _pattern("scheduling.nodeSelector.pool", "a b"),
+    _too_long("scheduling.nodeSelector.pool", 63),
+    _too_many_keys("scheduling.nodeSelector", 32, "y"),
+    _too_many("scheduling.tolerations", 16, {"key": "x"}),
+    _pattern("scheduling.tolerations", [{"key": "a b"}], "[0].key"),
+    _choice("scheduling.tolerations", [{"operator": "Like"}], "[0].operator"),
+    _choice("scheduling.tolerations", [{"effect": "Evict"}], "[0].effect"),
+    _pattern("scheduling.tolerations", [{"value": "a b"}], "[0].value"),
+    _bound("scheduling.tolerations", [{"tolerationSeconds": -1}], "greater than or equal to 0",
+           place="[0].tolerationSeconds"),
+    _needs(_TERM, f"{_TERM}.nodeSelectorTerms", {}),
+    _choice(_TERM, {"nodeSelectorTerms": [{"matchExpressions": [{"key": "a", "operator": "is"}]}]},
+            ".nodeSelectorTerms[0].matchExpressions[0].operator"),
+    _bound(_PREFERRED, [{"weight": 101, "preference": {}}], "less than or equal to 100", place="[0].weight"),
+    _too_many(_TERM, 8, {}, ".nodeSelectorTerms", lambda terms: {"nodeSelectorTerms": terms}),
+    _too_many(_TERM, 8, {"key": "a", "operator": "Exists"}, ".nodeSelectorTerms[0].matchExpressions",
+              lambda some: {"nodeSelectorTerms": [{"matchExpressions": some}]}),
+    _too_many(_TERM, 8, {"key": "a", "operator": "Exists"}, ".nodeSelectorTerms[0].matchFields",
+              lambda some: {"nodeSelectorTerms": [{"matchFields": some}]}),
+    _too_many(_TERM, 32, "a", ".nodeSelectorTerms[0].matchFields[0].values", lambda values: {
+        "nodeSelectorTerms": [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": values}]}]}),
+    _too_many(_PREFERRED, 8, {"weight": 1, "preference": {}}),
+    _pattern(_NEAR, [{"topologyKey": "a b"}], "[0].topologyKey"),
+    _too_many(_NEAR, 4, {"topologyKey": "a"}),
+    _too_many(_NEAR, 8, "a", "[0].namespaces", lambda names: [{"topologyKey": "a", "namespaces": names}]),
+    _pattern(_NEAR, [{"topologyKey": "a", "labelSelector": {"matchLabels": {"app": "a b"}}}],
+             "[0].labelSelector.matchLabels.app"),
+    _bound(_NEAR, [{"topologyKey": "a", "labelSelector": {"matchLabels": {f"k{i}": "" for i in range(33)}}}],
+           "must have at most 32 items", "should have at most 32 items", place="[0].labelSelector.matchLabels"),
+    _pattern("workspace.claimName", "My_Claim"),
+    _pattern("workspace.size", "20 GB"),
+    _bound("workspace.size", True, "must be of type integer,string", "should be a valid string"),
+    _too_long("workspace.size", 32, "1" * 33),
+    _pattern("workspace.storageClassName", "Fast!"),
+    _choice("workspace.accessMode", "ReadOnlyMany"),
+    _choice("output.format", "GGUF"),
+    _too_long("output.uri", 1024, "s3://bucket/" + "x" * 1024),
+    _pattern("output.secretRef.name", "My_Secret"),
+    _bound("suspend", "yes", "must be of type boolean", "should be a valid boolean"),
+    *_range("limits.activeDeadlineSeconds", 0, "greater than or equal to 1", 31536001, "less than or equal to"),
+    *_range("limits.retries", -1, "greater than or equal to 0", 101, "less than or equal to 100"),
+    *_range("limits.ttlSecondsAfterFinished", -1, "greater than or equal to 0", 31536001, "less than or equal to"),
+    _needs("task", "task", LEFT_OUT),
+    _needs("model", "model", LEFT_OUT),
+    _needs("dataset", "dataset", LEFT_OUT),
+    _needs("model", "model.uri", {}),
+    _needs("model.secretRef", "model.secretRef.name", {}),
+    _needs("dataset", "dataset.sources", {}),
+    _needs("dataset.sources", "dataset.sources[0].uri", [{}]),
+    _needs("evaluation.gate", "evaluation.gate.metric", {"minimum": 0.5}),
+]  # fmt: skip
+
+RULES = [
+    *(
+        _uri(uri, "expected one of hf://owner/name")
+        for uri in (
+            "gpt2",
+            "http://host/file",
+            "s3://",
+            "s3:///path",
+            "hf://owner/a name",
+            "https://host/\x1b[31m",
+            "pvc://claim",
+            "pvc://claim/",
+            "pvc://claim//etc/passwd",
+            "pvc://My_Claim/file",
+            "configmap://name/a/b",
+            "file://",
+        )
+    ),
+    *(
+        _uri(uri, "a path may not contain '..'")
+        for uri in ("pvc://claim/../other", "s3://bucket/a/..", "configmap://name/..")
+    ),
+    _uri("https://me:secret@host/file", "a URI may not contain a password"),
+    Invalid("local model", {"model.uri": "file://model"}, field="spec.model.uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
+    Invalid("local source", {"dataset.sources": [{"uri": "file://a.csv"}]}, field="spec.dataset.sources[0].uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
+    Invalid("local output", {"output.uri": "file://out"}, field="spec.output.uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
+    Invalid("model in a ConfigMap", {"model.uri": "configmap://model/weights"}, field="spec.model.uri",
+            words="a model is a folder and does not fit a ConfigMap"),
+    Invalid("revision of a bucket", {"model.uri": "s3://bucket/model", "model.revision": "main"},
+            field="spec.model.revision", words="revision is for hf:// only"),
+    Invalid("output without a scheme", {"output.uri": "bucket/path"}, field="spec.output.uri",
+            words="expected one of hf://owner/name"),
+    Invalid("output beside its folder", {"output.uri": "pvc://claim/a/../.."}, field="spec.output.uri",
+            words="a path may not contain '..'"),
+    Invalid("output with a password", {"output.uri": "https://me:secret@host/file"}, field="spec.output.uri",
+            words="a URI may not contain a password"),
+    Invalid("output to a web page", {"output.uri": "https://host/path"}, field="spec.output.uri",
+            words="an output cannot be written to https:// or configmap://"),
+    Invalid("output to a ConfigMap", {"output.uri": "configmap://name/key"}, field="spec.output.uri",
+            words="an output cannot be written to https:// or configmap://"),
+    Invalid("validation twice", {"dataset.validation": {"sources": TEXTS, "fraction": 0.1}},
+            field="spec.dataset.validation", words="give either sources or fraction"),
+    Invalid("empty validation", {"dataset.validation": {}}, field="spec.dataset.validation",
+            words="give either sources or fraction"),
+    Invalid("empty test", {"dataset.test": {}}, field="spec.dataset.test", words="give either sources or fraction"),
+    Invalid("same label twice", {"dataset.labels": ["a", "b", "a"]}, field="spec.dataset.labels[2]",
+            words="Duplicate value", our_words="label 'a' may be given only once"),
+    Invalid("nothing left to train on", {"dataset.validation.fraction": 0.5, "dataset.test.fraction": 0.45},
+            field="spec.dataset", words="leave less than a tenth of the rows for training"),
+    Invalid("nothing left beside the usual validation", {"dataset.test.fraction": 0.85}, field="spec.dataset",
+            words="leave less than a tenth of the rows for training"),
+    Invalid("LoRA settings for Full", {"method": {"type": "Full", "lora": {}}}, field="spec.method.lora",
+            words="lora is for type LoRA only"),
+    Invalid("LoRA settings for Head", {"method": {"type": "Head", "lora": {"rank": 8}}}, field="spec.method.lora",
+            words="lora is for type LoRA only"),
+    Invalid("batch size twice", {"training.batchSize": {"sequences": 8, "tokens": 8}}, field="spec.training.batchSize",
+            words="give either sequences or tokens"),
+    Invalid("empty batch size", {"training.batchSize": {}}, field="spec.training.batchSize",
+            words="give either sequences or tokens"),
+    Invalid("epochs and steps", {"training": {"epochs": 1, "maxSteps": 1}}, field="spec.training.maxSteps",
+            words="give either epochs or maxSteps, not both"),
+    Invalid("gate without a threshold", {"evaluation.gate": {"metric": "accuracy"}}, field="spec.evaluation.gate",
+            words="give minimum, maximum or minimumGain"),
+    Invalid("highest accuracy", {"evaluation.gate": {"metric": "accuracy", "maximum": 1}},
+            field="spec.evaluation.gate.maximum", words="maximum is for loss and perplexity; use minimum"),
+    Invalid("lowest loss", {"evaluation.gate": {"metric": "loss", "minimum": 1}},
+            field="spec.evaluation.gate.minimum", words="minimum is not for loss and perplexity; use maximum"),
+    Invalid("same metric twice", {"evaluation.metrics": ["loss", "accuracy", "loss"]}, field="spec.evaluation.metrics",
+            words="every metric may be given only once"),
+    Invalid("perplexity of a classifier", {"evaluation.metrics": ["loss", "perplexity"]},
+            field="spec.evaluation.metrics", words="task Classification has the metrics accuracy, macroF1"),
+    Invalid("accuracy of a generator", {"evaluation.metrics": ["accuracy"]}, GENERATION,
+            field="spec.evaluation.metrics", words="task Generation has loss and perplexity"),
+    Invalid("gate on the perplexity of a classifier", {"evaluation.gate": {"metric": "perplexity", "maximum": 9}},
+            field="spec.evaluation.gate.metric", words="task Classification has the metrics accuracy, macroF1"),
+    Invalid("gate on the accuracy of a generator", {"evaluation.gate": {"metric": "accuracy", "minimum": 0.5}},
+            GENERATION, field="spec.evaluation.gate.metric", words="task Generation has loss and perplexity"),
+    Invalid("request above the limit", {"resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "8G"}}},
+            field="spec.resources.requests", words="a request may not be greater than the limit"),
+    Invalid("request of prepare above the limit",
+            {"resources.prepare": {"requests": {"cpu": 2}, "limits": {"cpu": "1900m"}}},
+            field="spec.resources.prepare.requests", words="a request may not be greater than the limit"),
+    Invalid("GPUs as requests", {"resources.requests": {"nvidia.com/gpu": 1}}, field="spec.resources.requests",
+            words="GPUs are asked for with resources.gpus"),
+    Invalid("GPUs as limits", {"resources": {"gpuResource": "amd.com/gpu", "limits": {"amd.com/gpu": 1}}},
+            field="spec.resources.limits", words="GPUs are asked for with resources.gpus"),
+    Invalid("claim and size", {"workspace": {"claimName": "data", "size": "1Gi"}}, field="spec.workspace.claimName",
+            words="leave them out with claimName"),
+    Invalid("claim and class", {"workspace": {"claimName": "data", "storageClassName": "fast"}},
+            field="spec.workspace.claimName", words="leave them out with claimName"),
+    Invalid("claim and access mode", {"workspace": {"claimName": "data", "accessMode": "ReadWriteMany"}},
+            field="spec.workspace.claimName", words="leave them out with claimName"),
+    Invalid("Head of a generator", {"method.type": "Head"}, GENERATION, field="spec.method.type",
+            words="Head is for task Classification; use LoRA or Full"),
+    Invalid("labels of a generator", {"dataset.labels": ["a", "b"]}, GENERATION, field="spec.dataset.labels",
+            words="labels are for task Classification"),
+    Invalid("classifier of conversations", {"dataset.sources": _source(format="Messages")},
+            field="spec.dataset.sources", words="task Classification reads format LabelledText and no other"),
+    Invalid("generator of labels", {"dataset.sources": _source(format="LabelledText")}, GENERATION,
+            field="spec.dataset.sources", words="task Generation reads every format but this"),
+    Invalid("validation in another format", {"dataset.validation.sources": _source(format="Text")},
+            field="spec.dataset.validation.sources", words="task Classification reads format LabelledText"),
+    Invalid("test in another format", {"dataset.test.sources": _source(format="LabelledText")}, GENERATION,
+            field="spec.dataset.test.sources", words="task Generation reads every format but this"),
+    Invalid("adapter of Full", {"method.type": "Full", "output.format": "Adapter"}, field="spec.output.format",
+            words="only LoRA makes an adapter"),
+    Invalid("adapter of Head", {"method.type": "Head", "output.format": "Adapter"}, field="spec.output.format",
+            words="only LoRA makes an adapter"),
+    *(
+        Invalid(f"name {name[:12]}", {".metadata.name": name}, field="metadata.name",
+                words="the name must begin with a letter and have at most 50 characters")
+        for name in ("a" * 51, "7b", "a.b")
+    ),
+]  # fmt: skip
+
+INVALID = BOUNDS + RULES
+
+UNKNOWN_FIELDS = [
+    Invalid(f"unknown {path}", {path: 1}, field=f"spec.{path}", words=f'unknown field "spec.{path}"', our_words="unknown field")
+    for path in ("epochs", "model.url", "training.lr", "method.lora.r", "resources.gpu", "scheduling.affinity.nodes")
+]  # fmt: skip
+
+EVERYTHING: Changes = {
+    "model": {"uri": "hf://owner/encoder", "revision": "refs/pr/1", "secretRef": {"name": "hub.token"},
+              "trustRemoteCode": True, "allowPickle": True},
+    "dataset": {
+        "sources": [
+            {"uri": "s3://bucket/train.csv", "format": "LabelledText",
+             "columns": {"text": "headline", "label": "mood"}, "secretRef": {"name": "s3"}},
+            {"uri": "configmap://rows/train.jsonl"},
+        ],
+        "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
+        "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
+    },
+    "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]}},
+    "training": {
+        "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
+        "maxLength": 128, "precision": "bf16", "seed": 7, "schedule": "Linear", "warmupRatio": 0, "weightDecay": 0,
+        "maxGradNorm": 1, "checkpointSteps": 10, "evaluationSteps": 20,
+    },
+    "evaluation": {"metrics": ["macroF1", "accuracy", "weightedF1", "loss"],
+                   "gate": {"metric": "macroF1", "minimum": 0.8, "minimumGain": 0.1}},
+    "resources": {
+        "gpus": 1, "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 1, "allowCpuFallback": True,
+        "requests": {"cpu": "2", "memory": "8Gi", "example.com/nic": "1"}, "limits": {"cpu": "2000m", "memory": "8.5Gi"},
+        "prepare": {"requests": {"memory": "1e9"}, "limits": {"memory": "1Gi", "ephemeral-storage": "0"}},
+    },
+    "scheduling": {
+        "queueName": "team-a", "priorityClassName": "high", "nodeSelector": {"example.com/pool": "gpu", "spot": ""},
+        "tolerations": [{"operator": "Exists"}, {"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoExecute",
+                                                 "tolerationSeconds": 60}],
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+                    {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a", "b"]}],
+                     "matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}]}]},
+                "preferredDuringSchedulingIgnoredDuringExecution": [
+                    {"weight": 1, "preference": {"matchExpressions": [{"key": "ssd", "operator": "Exists"}]}}],
+            },
+            "podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
+                {"topologyKey": "kubernetes.io/hostname", "namespaces": ["data"],
+                 "labelSelector": {"matchLabels": {"app": "cache"},
+                                   "matchExpressions": [{"key": "tier", "operator": "DoesNotExist"}]}}]},
+            "podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
+                {"weight": 100, "podAffinityTerm": {"topologyKey": "zone"}}]},
+        },
+    },
+    "workspace": {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany", "retain": True},
+    "output": {"format": "Merged", "uri": "s3://bucket/models/here", "secretRef": {"name": "s3"}},
+    "suspend": True,
+    "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "ttlSecondsAfterFinished": 0},
+}  # fmt: skip
+
+VALID = [
+    Valid("smallest classification"),
+    Valid("smallest generation", spec=GENERATION),
+    Valid("everything", EVERYTHING),
+    Valid("longest name", {".metadata.name": "a" * 50}),
+    *(
+        Valid(f"model {uri}", {"model.uri": uri})
+        for uri in (
+            "hf://gpt2",
+            "s3://bucket/modèles/1",
+            "gs://bucket/a/b",
+            "az://container/a",
+            "https://host/m/",
+            "pvc://c/m",
+        )
+    ),
+    Valid("dots that lead nowhere", {"model.uri": "pvc://claim/..a/b../.hidden"}),
+    Valid("at sign in a path", {"model.uri": "https://host/a@b"}),
+    Valid("Head", {"method.type": "Head", "output.format": "Merged"}),
+    Valid("Full", {"method.type": "Full"}),
+    Valid("every format of generation", {"dataset.sources": [
+        {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
+    Valid("gate of generation", {"evaluation": {"metrics": ["perplexity", "loss"],
+                                                "gate": {"metric": "perplexity", "maximum": 20.5}}}, GENERATION),
+    Valid("gate on a metric that is not listed", {"evaluation": {
+        "metrics": ["accuracy"], "gate": {"metric": "weightedF1", "minimumGain": 0}}}),
+    Valid("as many labels as there may be", {"dataset.labels": [f"{i:0128}" for i in range(512)]}),
+    Valid("as many sources as there may be", {"dataset.sources": [
+        {"uri": "s3://bucket/" + "x" * 1000} for _ in range(32)]}),
+    Valid("exactly a tenth to train on", {"dataset.validation.fraction": 0.1, "dataset.test.fraction": 0.8}),
+    Valid("whole numbers for decimals", {"training": {"epochs": 3, "learningRate": 1, "weightDecay": 1}}),
+    Valid("numbers for quantities", {"workspace.size": 1073741824, "resources.requests": {"cpu": 4}}),
+    Valid("request at its limit", {"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "1024Mi"}}}),
+    Valid("existing claim", {"workspace": {"claimName": "data", "retain": True}}),
+    Valid("empty blocks", {block: {} for block in ("method", "training", "evaluation", "resources", "scheduling",
+                                                  "workspace", "output", "limits")}),
+    Valid("nulls", {"method": None, "scheduling": None, "training": {"epochs": None, "seed": None},
+                    "resources.requests": {"cpu": None}}),
+]  # fmt: skip
+
+_REFUSED: dict[str, tuple[Any, Any]] = {
+    "task": ("Classification", "Generation"),
+    "model.uri": ("hf://owner/encoder", "hf://owner/other"),
+    "model.revision": (LEFT_OUT, "main"),
+    "model.secretRef": (LEFT_OUT, {"name": "token"}),
+    "model.trustRemoteCode": (False, True),
+    "dataset.sources": (TEXTS, TEXTS * 2),
+    "dataset.validation": (LEFT_OUT, {"fraction": 0.1}),
+    "dataset.test": ({"fraction": 0.1}, {"fraction": 0.2}),
+    "dataset.labels": (["a", "b"], ["b", "a"]),
+    "dataset.maxRejected": (LEFT_OUT, 0.1),
+    "method": (LEFT_OUT, {"type": "Full"}),
+    "method.lora": (LEFT_OUT, {}),
+    "method.lora.rank": (8, 16),
+    "training": (LEFT_OUT, {"seed": 43}),
+    "training.epochs": (LEFT_OUT, 3),
+    "training.batchSize": (LEFT_OUT, {"sequences": 32}),
+    "training.batchSize.sequences": (32, 16),
+    "training.seed": (1, 2),
+    "evaluation.metrics": (["loss", "accuracy"], ["accuracy", "loss"]),
+    "evaluation.gate": (LEFT_OUT, {"metric": "loss", "maximum": 1}),
+    "evaluation.gate.minimum": (LEFT_OUT, 0.9),
+    "resources.gpus": (LEFT_OUT, 1),
+    "resources.requests": (LEFT_OUT, {}),
+    "resources.requests.memory": ("1Gi", "2Gi"),
+    "resources.limits": ({"cpu": 1}, {"cpu": 2}),
+    "resources.prepare": (LEFT_OUT, {}),
+    "scheduling": (LEFT_OUT, {}),
+    "scheduling.queueName": ("a", "b"),
+    "scheduling.nodeSelector": (LEFT_OUT, {"zone": "a"}),
+    "scheduling.tolerations": ([{"key": "a"}], []),
+    "scheduling.affinity": (LEFT_OUT, {}),
+    "workspace.size": (LEFT_OUT, "20Gi"),
+    "workspace.claimName": ("a", "b"),
+    "workspace.retain": (False, True),
+    "output.uri": (LEFT_OUT, "s3://bucket/out"),
+    "output.format": (LEFT_OUT, "Adapter"),
+}
+_NEEDED: dict[str, Changes] = {"evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}}}
+
+UPDATES = [
+    *(
+        Update(f"{path} {word}", {**_NEEDED.get(path, {}), path: old}, {**_NEEDED.get(path, {}), path: new},
+               field="spec." + path.split(".")[0])
+        for path, values in _REFUSED.items()
+        for word, (old, new) in {"added" if values[0] is LEFT_OUT else "changed": values,
+                                 "removed" if values[0] is LEFT_OUT else "changed back": values[::-1]}.items()
+    ),
+    Update("suspend", {}, {"suspend": True}),
+    Update("resume", {"suspend": True}, {"suspend": False}),
+    Update("limits", {"limits": {"retries": 1, "activeDeadlineSeconds": 60}}, {"limits": {"retries": 9}}),
+    Update("ttl added", {}, {"limits.ttlSecondsAfterFinished": 60}),
+    Update("ttl removed", {"limits.ttlSecondsAfterFinished": 60}, {"limits": LEFT_OUT}),
+    Update("labels and annotations", {}, {".metadata.labels": {"team": "a"}, ".metadata.annotations": {"why": "b"}}),
+    Update("a default written out", {}, {"method": {"type": "LoRA"}, "training": {"maxGradNorm": 1, "seed": 42}}),
+    Update("an empty block written out", {}, {"training": {}, "evaluation": {}, "output": {}}),
+    Update("a default left out", {"method.type": "LoRA", "workspace.retain": False}, {}),
+    Update("nothing", EVERYTHING, EVERYTHING),
+]  # fmt: skip

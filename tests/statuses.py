@@ -1,0 +1,113 @@
+"""A FineTuneJob's status with every field set, as it stands at the end of a job."""
+
+from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.status import (
+    ArtifactStatus,
+    Condition,
+    DataStatus,
+    FailureStatus,
+    FineTuneJobStatus,
+    GateResult,
+    MetricsStatus,
+    ModelStatus,
+    ProgressStatus,
+    ResolvedStatus,
+    ResultStatus,
+    Score,
+    decimal,
+)
+
+NOW = "2026-11-24T23:25:48Z"
+
+
+def full_status() -> FineTuneJobStatus:
+    return FineTuneJobStatus(
+        observed_generation=1,
+        phase=Phase.FAILED,
+        message="macroF1 0.71 is below the minimum 0.8",
+        conditions=[
+            Condition(
+                type=kind,
+                status="True" if kind == ConditionType.FAILED else "False",
+                reason=Reason.GATE_FAILED,
+                message="macroF1 0.71 is below the minimum 0.8",
+                observed_generation=1,
+                last_transition_time=NOW,
+            )
+            for kind in ConditionType
+        ],
+        attempt=2,
+        start_time=NOW,
+        completion_time=NOW,
+        progress=ProgressStatus(
+            percentage=99,
+            step=100,
+            total_steps=100,
+            epoch="2.5",
+            estimated_remaining_seconds=0,
+            eta="0s",
+            last_updated_time=NOW,
+        ),
+        metric="macroF1=0.71",
+        metrics=MetricsStatus(
+            training_loss=decimal(float("nan")),
+            evaluation_loss=decimal(float("inf")),
+            learning_rate=decimal(2e-5),
+            tokens_per_second=decimal(123456.7),
+            samples_per_second=decimal(0.5),
+            peak_memory_bytes=2**40,
+        ),
+        model=ModelStatus(
+            architecture="BertModel",
+            revision="c5f93f70e82a6fbd6d56e8b1d7cc2f5b1c0a0a5e",
+            parameters=22_713_216,
+            layers=6,
+            hidden_size=384,
+            vocabulary_size=30522,
+            context_length=512,
+        ),
+        data=DataStatus(
+            rows_read=1000,
+            rows_kept=999,
+            rows_rejected=1,
+            train_rows=800,
+            validation_rows=99,
+            test_rows=100,
+            tokens=20_000,
+            supervised_tokens=800,
+            truncated_rows=0,
+            max_length=128,
+            labels=["negative", "positive"],
+            fingerprint="sha256:" + "0" * 64,
+        ),
+        resolved=ResolvedStatus(
+            method="LoRA r=16 alpha=32",
+            epochs="2.5",
+            max_steps=100,
+            learning_rate="0.0002",
+            schedule="Cosine",
+            batch_size="32 sequences",
+            micro_batch_tokens=4096,
+            max_length=128,
+            precision="bf16",
+            device="NVIDIA H100",
+            trainable_parameters=100_000,
+            checkpoint_steps=5,
+            evaluation_steps=40,
+            output="Adapter",
+            metrics=["macroF1"],
+        ),
+        result=ResultStatus(
+            split="test",
+            baseline="majority class",
+            scores=[Score(metric="macroF1", value="0.71", baseline="0.2")],
+            gate=GateResult(passed=False, message="macroF1 0.71 is below the minimum 0.8"),
+            artifact=ArtifactStatus(uri="s3://bucket/model", sha256="0" * 64, format="Adapter", size_bytes=1024),
+        ),
+        failure=FailureStatus(
+            stage=Stage.TRAIN,
+            reason=Reason.GATE_FAILED,
+            message="macroF1 0.71 is below the minimum 0.8",
+            exit_code=64,
+        ),
+    )

@@ -1,0 +1,422 @@
+"""One job's life, as its status tells it: every phase, every end, through the port."""
+
+import copy
+
+import pytest
+from finetune_api.constants import Phase, Reason, Stage
+from finetune_api.progress import Outcome, Result
+from finetune_api.status import GateResult
+from finetune_operator.cluster import NameClashError, RejectedError, UnavailableError
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.fake_cluster import KEY, SPEC, TRAINED, FakeCluster, failure, success
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster(copy.deepcopy(SPEC))
+
+
+def kinds(cluster: FakeCluster) -> list[str]:
+    return [manifest["kind"] for manifest in cluster.created]
+
+
+async def test_a_job_goes_through_its_phases_to_the_end(cluster: FakeCluster) -> None:
+    phases = []
+    for stage in Stage:
+        await cluster.settle()
+        phases.append(cluster.status.phase)
+        cluster.start(stage)
+        await cluster.settle()
+        phases.append(cluster.status.phase)
+        cluster.finish(stage)
+    await cluster.settle()
+    assert phases == [
+        Phase.PENDING, Phase.PREPARING, Phase.QUEUED, Phase.TRAINING, Phase.PUBLISHING, Phase.PUBLISHING,
+    ]  # fmt: skip
+    status = cluster.status
+    assert status.phase is Phase.SUCCEEDED
+    assert status.progress is not None and status.progress.percentage == 100 and status.progress.eta is None
+    assert status.result is not None and status.result.artifact is not None
+    assert status.metric == "macroF1=0.91"
+    assert status.data is not None and status.data.train_rows == 700
+    assert status.completion_time is not None
+    assert cluster.condition("Complete") == ("True", "Succeeded")
+    assert cluster.condition("Running") == ("False", "Succeeded")
+    assert cluster.condition("DataReady") == ("True", "Prepared")
+    assert cluster.condition("GatePassed") == ("True", "NoGate")
+    assert cluster.condition("Failed") is None
+    assert list(cluster.jobs) == list(Stage)
+
+
+async def test_each_stage_begins_only_after_the_one_before(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    assert list(cluster.jobs) == [Stage.PREPARE]
+    assert kinds(cluster)[-1] == "Job", "the Job comes last: it needs the others"
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    assert list(cluster.jobs) == [Stage.PREPARE]
+
+
+async def test_every_phase_is_an_event_once(cluster: FakeCluster) -> None:
+    await cluster.pass_through(*Stage)
+    reasons = [event.reason for event in cluster.events.values() if event.type == "Normal"]
+    assert reasons == ["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded"]
+
+
+async def test_progress_of_a_training_is_shown(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    cluster.say(
+        Stage.TRAIN, fraction=0.5, step=33, total_steps=66, epoch=1.5, estimated_remaining_seconds=250.0,
+        training_loss=0.43219, learning_rate=1e-3, tokens_per_second=1234.5, device="NVIDIA H100", precision="bf16",
+    )  # fmt: skip
+    await cluster.settle()
+    progress = cluster.status.progress
+    assert progress is not None
+    assert (progress.percentage, progress.step, progress.total_steps, progress.eta) == (52, 33, 66, "4m10s")
+    assert cluster.status.metric == "loss=0.4322"
+    assert cluster.status.metrics is not None and cluster.status.metrics.learning_rate == "0.001"
+    assert cluster.status.resolved is not None and cluster.status.resolved.device == "NVIDIA H100"
+    assert cluster.status.message == "Training: step 33 of 66"
+
+
+async def test_progress_never_goes_back_within_an_attempt_but_tells_the_truth_after_a_crash(
+    cluster: FakeCluster,
+) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    cluster.say(Stage.TRAIN, fraction=0.8, step=52, total_steps=66)
+    await cluster.settle()
+    cluster.say(Stage.TRAIN, fraction=0.7, step=46, total_steps=66)
+    await cluster.settle()
+    assert cluster.status.progress is not None and cluster.status.progress.percentage == 78
+    cluster.crash(Stage.TRAIN, 137, final=False)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.QUEUED
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.say(Stage.TRAIN, fraction=0.6, step=40, total_steps=66)
+    await cluster.settle()
+    assert cluster.status.attempt == 2
+    assert cluster.status.progress.step == 40
+    warning = [event for event in cluster.events.values() if event.type == "Warning"]
+    assert len(warning) == 1 and "attempt 1 of train failed" in warning[0].message and "SIGKILL" in warning[0].message
+
+
+async def test_a_user_error_fails_the_job_with_its_own_words(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    words = "dataset.sources[0]: train.jsonl line 7: label is missing"
+    cluster.crash(Stage.PREPARE, 64, said=failure(Stage.PREPARE, Reason.DATA_INVALID, words), final=True)
+    await cluster.settle()
+    status = cluster.status
+    assert status.phase is Phase.FAILED
+    assert status.failure is not None
+    assert (status.failure.reason, status.failure.message, status.failure.exit_code) == (Reason.DATA_INVALID, words, 64)
+    assert cluster.condition("DataReady") == ("False", "DataInvalid")
+    assert cluster.condition("Failed") == ("True", "DataInvalid")
+    assert list(cluster.jobs) == [Stage.PREPARE], "no GPU was asked for"
+    assert ("DataInvalid", "Failed") in cluster.events
+
+
+async def test_a_failed_gate_keeps_the_scores_and_publishes_nothing(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    gate = GateResult(passed=False, message="macroF1 0.91 is below the minimum 0.95")
+    train = TRAINED.model_copy(update={"gate": gate})
+    cluster.crash(Stage.TRAIN, 64, said=failure(Stage.TRAIN, Reason.GATE_FAILED, gate.message, train=train), final=True)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.FAILED
+    assert cluster.condition("GatePassed") == ("False", "GateFailed")
+    assert cluster.status.result is not None and cluster.status.result.scores is not None
+    assert Stage.PUBLISH not in cluster.jobs
+
+
+async def test_out_of_memory_names_the_limit_and_the_field(cluster: FakeCluster) -> None:
+    cluster.edit(resources={"gpus": 1, "limits": {"memory": "2Gi"}})
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.crash(Stage.TRAIN, 137, reason="OOMKilled", final=True)
+    await cluster.settle()
+    failed = cluster.status.failure
+    assert failed is not None and failed.reason is Reason.OOM_KILLED
+    assert "2Gi" in failed.message and "resources.limits.memory" in failed.message
+
+
+async def test_a_pod_that_cannot_start_says_why_and_the_job_waits(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    words = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+    pod = cluster.pod(Stage.PREPARE, {"phase": "Pending", "conditions": [unschedulable]})
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PENDING
+    assert cluster.condition("Running") == ("False", "Unschedulable")
+    assert words in (cluster.status.message or "")
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    pod["status"] = {"phase": "Pending", "containerStatuses": [{"image": "x:1", "state": {"waiting": waiting}}]}
+    await cluster.settle()
+    assert cluster.condition("Running") == ("False", "ImageNotPulled")
+    pod["status"] = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}
+    cluster.pod_events.append({"reason": "FailedMount", "message": 'configmap "news" not found'})
+    assert await cluster.turn() is not None, "looks again: no watch tells of pod events"
+    assert cluster.condition("Running") == ("False", "ContainerConfigError")
+    assert 'configmap "news" not found' in (cluster.status.message or "")
+    assert {reason for reason, _ in cluster.events} >= {"Unschedulable", "ImageNotPulled", "ContainerConfigError"}
+
+
+async def test_suspended_at_creation_children_exist_and_wait(cluster: FakeCluster) -> None:
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.SUSPENDED
+    assert cluster.condition("Suspended") == ("True", "SuspendedByUser")
+    assert cluster.jobs[Stage.PREPARE]["spec"]["suspend"] is True
+    cluster.edit(suspend=False)
+    await cluster.settle()
+    assert cluster.jobs[Stage.PREPARE]["spec"]["suspend"] is False
+    assert cluster.condition("Suspended") == ("False", "Resumed")
+    assert cluster.status.phase is Phase.PENDING
+    assert "uspend" not in (cluster.status.message or "")
+
+
+async def test_suspending_a_training_stops_it_and_resuming_goes_on(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    assert cluster.jobs[Stage.TRAIN]["spec"]["suspend"] is True
+    assert cluster.status.phase is Phase.SUSPENDED
+    cluster.edit(suspend=False)
+    await cluster.settle()
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.TRAINING
+
+
+async def test_the_suspend_of_a_queued_job_is_kueues(cluster: FakeCluster) -> None:
+    cluster.edit(scheduling={"queueName": "team-queue"})
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.jobs[Stage.TRAIN]["spec"]["suspend"] = True  # Kueue's webhook
+    await cluster.settle()
+    assert cluster.jobs[Stage.TRAIN]["spec"]["suspend"] is True
+    assert cluster.status.phase is Phase.QUEUED
+    assert cluster.condition("Running") == ("False", "Queued")
+    assert "team-queue" in (cluster.status.message or "")
+
+
+@pytest.mark.parametrize("end", ["success", "failure"])
+async def test_a_finished_job_stays_finished(cluster: FakeCluster, end: str) -> None:
+    if end == "success":
+        await cluster.pass_through(*Stage)
+    else:
+        await cluster.settle()
+        cluster.start(Stage.PREPARE)
+        cluster.crash(Stage.PREPARE, 1, final=True)
+        await cluster.settle()
+    phase, created = cluster.status.phase, len(cluster.created)
+    cluster.jobs.clear()
+    cluster.pods.clear()
+    await cluster.settle()
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    assert cluster.status.phase is phase
+    assert len(cluster.created) == created
+    assert cluster.condition("Suspended") is None
+
+
+async def test_a_stage_that_is_done_never_runs_again(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    del cluster.jobs[Stage.PREPARE]
+    await cluster.settle()
+    assert list(cluster.jobs) == [Stage.TRAIN]
+
+
+async def test_a_deleted_child_is_made_again(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.jobs[Stage.TRAIN]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    await cluster.settle()
+    del cluster.jobs[Stage.TRAIN]
+    await cluster.settle()
+    assert Stage.TRAIN in cluster.jobs
+
+
+async def test_a_result_that_was_lost_with_its_pod_is_made_again(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    cluster.finish(Stage.PREPARE)
+    cluster.pods.clear()
+    await cluster.turn()
+    first = cluster.jobs[Stage.PREPARE]["metadata"]["uid"]
+    await cluster.turn(seconds=60)
+    await cluster.settle()
+    assert cluster.jobs[Stage.PREPARE]["metadata"]["uid"] != first
+    assert cluster.status.phase is Phase.PENDING
+
+
+async def test_a_name_clash_and_a_rejected_child_fail_this_job_only_and_for_good(cluster: FakeCluster) -> None:
+    cluster.create_error = NameClashError("Job demo-prepare exists and is not this FineTuneJob's")
+    await cluster.settle()
+    assert cluster.status.phase is Phase.FAILED
+    assert cluster.condition("Failed") == ("True", "NameClash")
+    other = FakeCluster(copy.deepcopy(SPEC))
+    other.create_error = RejectedError("resources.limits: must be larger than requests")
+    await other.settle()
+    assert other.condition("Accepted") == ("False", "InvalidSpec")
+
+
+async def test_an_unavailable_cluster_is_the_callers_to_retry(cluster: FakeCluster) -> None:
+    cluster.create_error = UnavailableError("exceeded quota")
+    with pytest.raises(UnavailableError):
+        await cluster.turn()
+    cluster.create_error = None
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PENDING
+
+
+async def test_a_spec_that_is_not_ours_is_refused_with_the_field(cluster: FakeCluster) -> None:
+    cluster.edit(model={"uri": 7})
+    await cluster.settle()
+    assert cluster.condition("Accepted") == ("False", "InvalidSpec")
+    assert "spec.model.uri" in (cluster.status.message or "")
+
+
+async def test_a_deleted_resource_is_left_alone(cluster: FakeCluster) -> None:
+    assert cluster.body is not None
+    cluster.body["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    await cluster.settle()
+    assert not cluster.created and not cluster.status_writes
+    cluster.body = None
+    assert await cluster.turn() is None
+
+
+async def test_the_resource_goes_when_its_time_to_live_is_over(cluster: FakeCluster) -> None:
+    cluster.edit(limits={"ttlSecondsAfterFinished": 100})
+    await cluster.pass_through(*Stage)
+    left = await cluster.turn()
+    assert left is not None and 0 < left <= 100
+    await cluster.turn(seconds=left)
+    assert cluster.body is None
+
+
+async def test_a_deadline_is_named(cluster: FakeCluster) -> None:
+    cluster.edit(limits={"activeDeadlineSeconds": 30})
+    await cluster.settle()
+    late = {"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}
+    cluster.jobs[Stage.PREPARE]["status"] = {"conditions": [late]}
+    await cluster.settle()
+    assert cluster.condition("Failed") == ("True", "DeadlineExceeded")
+    assert "30 s" in (cluster.status.message or "")
+
+
+class Life(RuleBasedStateMachine):
+    """Any order of the world's moves, with or without a reconcile in between: the promises hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = FakeCluster(copy.deepcopy(SPEC))
+        self.highest: tuple[str, int | None, int] = ("", None, 0)
+        self.final: str | None = None
+
+    def _current(self) -> Stage | None:
+        active = [stage for stage, job in self.cluster.jobs.items() if not job["status"].get("conditions")]
+        return active[0] if active else None
+
+    def _running(self) -> bool:
+        stage = self._current()
+        return stage is not None and any(p["status"]["phase"] == "Running" for p in self.cluster.pods.get(stage, []))
+
+    @rule()
+    def reconcile(self) -> None:
+        _run(self.cluster.turn())
+
+    @rule()
+    @precondition(lambda self: self._current() and not self._running())
+    def pod_starts(self) -> None:
+        stage = self._current()
+        assert stage is not None
+        if not self.cluster.jobs[stage]["spec"].get("suspend"):
+            self.cluster.start(stage)
+
+    @rule(fraction=st.floats(0, 1))
+    @precondition(lambda self: self._running())
+    def pod_speaks(self, fraction: float) -> None:
+        stage = self._current()
+        assert stage is not None
+        self.cluster.say(stage, fraction=fraction, step=int(fraction * 66), total_steps=66)
+
+    @rule()
+    @precondition(lambda self: self._running())
+    def pod_succeeds(self) -> None:
+        stage = self._current()
+        assert stage is not None
+        self.cluster.finish(stage, success(stage))
+
+    @rule(code=st.sampled_from([1, 64, 75, 137]), final=st.booleans())
+    @precondition(lambda self: self._running())
+    def pod_fails(self, code: int, final: bool) -> None:
+        stage = self._current()
+        assert stage is not None
+        said = Result(stage=stage, outcome=Outcome.FAILED, reason=Reason.STAGE_FAILED, message="broken")
+        self.cluster.crash(stage, code, said=said, final=final)
+
+    @rule(suspend=st.booleans())
+    def user_suspends(self, suspend: bool) -> None:
+        self.cluster.edit(suspend=suspend)
+
+    @rule(stage=st.sampled_from(list(Stage)))
+    def somebody_deletes_a_job(self, stage: Stage) -> None:
+        self.cluster.jobs.pop(stage, None)
+        self.cluster.pods.pop(stage, None)
+
+    @rule(stage=st.sampled_from(list(Stage)))
+    def pods_are_cleaned_up(self, stage: Stage) -> None:
+        self.cluster.pods[stage] = [p for p in self.cluster.pods.get(stage, []) if p["status"]["phase"] == "Running"]
+
+    @invariant()
+    def one_stage_at_a_time(self) -> None:
+        active = [stage for stage, job in self.cluster.jobs.items() if not job["status"].get("conditions")]
+        assert len(active) <= 1
+
+    @invariant()
+    def a_terminal_phase_is_final(self) -> None:
+        phase = self.cluster.status.phase
+        if self.final is not None:
+            assert phase == self.final
+        elif phase is not None and phase.finished:
+            self.final = phase
+
+    @invariant()
+    def the_phase_fits_the_conditions(self) -> None:
+        phase = self.cluster.status.phase
+        if phase is Phase.SUCCEEDED:
+            assert self.cluster.condition("Complete") == ("True", "Succeeded")
+            assert self.cluster.status.progress is not None and self.cluster.status.progress.percentage == 100
+        elif phase is Phase.FAILED:
+            failed = self.cluster.condition("Failed")
+            assert failed is not None and failed[0] == "True" and self.cluster.status.failure is not None
+        elif self.cluster.status.progress is not None:
+            assert self.cluster.status.progress.percentage < 100
+
+
+def _run(coroutine: object) -> None:
+    """The fake never waits, so its coroutines end at the first step."""
+    with pytest.raises(StopIteration):
+        coroutine.send(None)  # type: ignore[attr-defined]
+
+
+def test_promises_hold_in_any_order_of_events() -> None:
+    run_state_machine_as_test(
+        Life,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_the_key_reads_like_kubectl() -> None:
+    assert str(KEY) == "team-a/demo"

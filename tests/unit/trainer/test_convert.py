@@ -1,0 +1,179 @@
+"""Which rows can be learned from, in every format, and what is said about the others."""
+
+import json
+
+import pytest
+from finetune_api.plan import PlanSource
+from finetune_api.spec import DataFormat, Task
+from finetune_trainer.data.convert import (
+    Conversation,
+    LabelledText,
+    PlainText,
+    PromptCompletion,
+    Turn,
+    convert_rows,
+    recognise_format,
+)
+from finetune_trainer.data.read import Rejection
+from finetune_trainer.errors import UserError
+from finetune_trainer.fetch import SourceFile
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows: dict, name: str = "a.jsonl", text: str | None = None) -> SourceFile:
+        path = tmp_path / name
+        path.write_text(text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
+        return SourceFile("dataset.sources[1]", f"file://{name}", path)
+
+    return write
+
+
+def source(format: DataFormat | None = None, **columns: str) -> PlanSource:
+    return PlanSource.model_validate(
+        {"location": {"uri": "file://a"}, "field": "dataset.sources[1]", "format": format, "columns": columns}
+    )
+
+
+def convert(file: SourceFile, format: DataFormat, **columns: str) -> list:
+    """Examples, and (reason, detail) of what was rejected."""
+    rows = convert_rows(file, source(format, **columns), format)
+    return [(row.reason, row.detail) if isinstance(row, Rejection) else row[1] for row in rows]
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "example"),
+    [
+        ({"headline": "up", "sentiment": " good "}, DataFormat.LABELLED_TEXT, LabelledText("up", "good")),
+        ({"text": "up", "label": 3}, DataFormat.LABELLED_TEXT, LabelledText("up", "3")),
+        ({"text": "up", "label": 3.0}, DataFormat.LABELLED_TEXT, LabelledText("up", "3")),
+        ({"text": "up", "label": True}, DataFormat.LABELLED_TEXT, LabelledText("up", "true")),
+        ({"content": "up"}, DataFormat.TEXT, PlainText("up")),
+        ({"prompt": "q ", "response": "a"}, DataFormat.PROMPT_COMPLETION, PromptCompletion("q ", "a")),
+        ({"instruction": "do", "output": "x"}, DataFormat.ALPACA, PromptCompletion("do\n\n", "x")),
+        ({"instruction": "do", "input": "", "output": "x"}, DataFormat.ALPACA, PromptCompletion("do\n\n", "x")),
+        ({"instruction": "do", "input": "it", "output": "x"}, DataFormat.ALPACA, PromptCompletion("do\n\nit\n\n", "x")),
+        ({"messages": CHAT}, DataFormat.MESSAGES, Conversation((Turn("user", "hi"), Turn("assistant", "hello")))),
+        (
+            {"conversations": json.dumps(CHAT)},
+            DataFormat.MESSAGES,
+            Conversation((Turn("user", "hi"), Turn("assistant", "hello"))),
+        ),
+    ],
+)
+def test_a_good_row_becomes_an_example_and_its_format_is_recognised(write, row, format, example):
+    file = write(row)
+    task = Task.CLASSIFICATION if format is DataFormat.LABELLED_TEXT else Task.GENERATION
+    assert recognise_format(file, source(), task) is format
+    assert convert(file, format) == [example]
+
+
+def test_named_columns_win_over_the_usual_ones(write):
+    file = write({"text": "no", "body": "yes", "label": "l", "prompt": "p", "completion": "c"})
+    assert convert(file, DataFormat.LABELLED_TEXT, text="body") == [LabelledText("yes", "l")]
+    assert recognise_format(file, source(text="body"), Task.GENERATION) is DataFormat.TEXT
+    assert recognise_format(file, source(), Task.GENERATION) is DataFormat.PROMPT_COMPLETION
+
+
+def chat(*turns: tuple) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "reason"),
+    [
+        ({"text": "a"}, DataFormat.LABELLED_TEXT, "label is missing"),
+        ({"text": "a", "label": None}, DataFormat.LABELLED_TEXT, "label is missing"),
+        ({"text": "a", "label": "  "}, DataFormat.LABELLED_TEXT, "label is empty"),
+        ({"text": "a", "label": 0.5}, DataFormat.LABELLED_TEXT, "label is not text"),
+        ({"text": "a", "label": ["x"]}, DataFormat.LABELLED_TEXT, "label is not text"),
+        ({"text": "a", "label": "x" * 129}, DataFormat.LABELLED_TEXT, "label is too long"),
+        ({"text": 5, "label": "x"}, DataFormat.LABELLED_TEXT, "text is not text"),
+        ({"text": "\n ", "label": "x"}, DataFormat.LABELLED_TEXT, "text is empty"),
+        ({"text": "a\ud800", "label": "x"}, DataFormat.LABELLED_TEXT, "not Unicode"),
+        ({"prompt": "a", "completion": ""}, DataFormat.PROMPT_COMPLETION, "completion is empty"),
+        ({"instruction": "a", "input": 3, "output": "b"}, DataFormat.ALPACA, "input is not text"),
+        ({"messages": "[oops"}, DataFormat.MESSAGES, "messages are not valid"),
+        ({"messages": {"role": "user"}}, DataFormat.MESSAGES, "messages are not valid"),
+        ({"messages": []}, DataFormat.MESSAGES, "messages are not valid"),
+        ({"messages": ["hi"]}, DataFormat.MESSAGES, "messages are not valid"),
+        ({"messages": None}, DataFormat.MESSAGES, "messages is missing"),
+        (chat(("user", "a")), DataFormat.MESSAGES, "messages do not end with the assistant"),
+        (chat(("human", "a"), ("assistant", "b")), DataFormat.MESSAGES, "role is not valid"),
+        (chat((["user"], "a"), ("assistant", "b")), DataFormat.MESSAGES, "role is not valid"),
+        (chat(("user", "a"), ("system", "x"), ("assistant", "b")), DataFormat.MESSAGES, "role is not valid"),
+        (chat(("user", "a"), ("assistant", None)), DataFormat.MESSAGES, "content is missing"),
+        (chat(("user", ""), ("assistant", "b")), DataFormat.MESSAGES, "content is empty"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_reason(write, row, format, reason):
+    ((found, detail),) = convert(write(row), format)
+    assert found == reason
+    if format is DataFormat.MESSAGES and "content" in reason:
+        assert "message" in detail
+
+
+def test_the_line_of_a_bad_row_is_told(write):
+    file = write({"text": "a", "label": "x"}, {"text": "a"})
+    assert [r.line for r in convert_rows(file, source(), DataFormat.LABELLED_TEXT) if isinstance(r, Rejection)] == [2]
+
+
+def test_missing_columns_of_a_table_are_told_at_once_with_the_remedy(write):
+    file = write(name="a.csv", text="title,class\nsecret text,x\n")
+    with pytest.raises(UserError) as caught:
+        recognise_format(file, source(), Task.CLASSIFICATION)
+    assert "text, sentence" not in caught.value.message
+    assert "a column for text (text or sentence or headline or content)" in caught.value.message
+    assert "label" not in caught.value.message
+    assert "dataset.sources[1].columns" in caught.value.message
+    assert "secret" not in caught.value.message
+    with pytest.raises(UserError, match=r"a column for label \(topic\)"):
+        recognise_format(write(name="a.csv", text="text,class\na,x\n"), source(label="topic"), Task.CLASSIFICATION)
+
+
+def test_a_csv_without_a_header_is_not_quoted(write):
+    with pytest.raises(UserError) as caught:
+        recognise_format(write(name="a.csv", text="my salary is 5,good\nx,y\n"), source(), Task.CLASSIFICATION)
+    assert "salary" not in caught.value.message
+
+
+def test_the_first_row_of_jsonl_may_be_a_bad_one(write):
+    file = write({"text": "no label"}, {"text": "a", "label": "x"})
+    assert recognise_format(file, source(), Task.CLASSIFICATION) is DataFormat.LABELLED_TEXT
+    file = write(text='oops\n{"text": "a"}\n')
+    assert recognise_format(file, source(), Task.GENERATION) is DataFormat.TEXT
+
+
+def test_columns_that_fit_no_format_and_files_without_rows_are_named(write):
+    with pytest.raises(UserError, match=r"a\.jsonl line 1: .*Messages needs .*Text needs"):
+        recognise_format(write({"x": 1}), source(), Task.GENERATION)
+    with pytest.raises(UserError, match=r"a\.jsonl has no rows"):
+        recognise_format(write(text="\n\n"), source(), Task.GENERATION)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(["user", "assistant", "role", "content"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "label", "messages", "input"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.sampled_from(list(DataFormat)),
+    st.dictionaries(
+        st.sampled_from(["text", "label", "messages", "prompt", "completion", "instruction", "input", "output"]), JSON
+    ),
+)
+def test_no_row_breaks_a_converter(tmp_path_factory, format, row):
+    path = tmp_path_factory.mktemp("wild") / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (item,) = convert_rows(SourceFile("f", "file://a.jsonl", path), source(format), format)
+    assert isinstance(item, Rejection) or item[0] == 1

@@ -1,0 +1,194 @@
+"""The model card: the evidence in words that people, the hub and Python understand."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from finetune_api.constants import Stage
+from finetune_api.plan import JobReference
+from finetune_api.status import GateResult
+from finetune_trainer.publish.card import model_card, software_versions
+from finetune_trainer.publish.run import run
+from finetune_trainer.telemetry import Telemetry
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.plans import make_plan
+from tests.unit.trainer.trained_workspace import (
+    GENERATION,
+    LABELS,
+    REVISION,
+    data_report,
+    evaluation_report,
+    make_trained,
+)
+
+VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
+
+
+def card(labels=LABELS, scores=None, **changes) -> str:
+    plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
+    data = data_report(labels)
+    assert data.model is not None
+    evaluation = scores or evaluation_report(labels)
+    return model_card(plan, data, evaluation, model=data.model, best_step=20, versions=VERSIONS)
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all tables."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+class TestMetadata:
+    def test_of_an_adapter(self):
+        assert metadata(card()) == {
+            "base_model": "owner/base",
+            "library_name": "peft",
+            "pipeline_tag": "text-classification",
+            "metrics": ["f1", "accuracy"],
+            "tags": ["finetune-operator", "lora"],
+        }
+
+    def test_of_a_complete_generator(self):
+        text = card(None, method="Full", lora=None, output={"format": "Merged"}, **GENERATION)
+        assert metadata(text) == {
+            "base_model": "owner/base",
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "metrics": ["perplexity"],
+            "tags": ["finetune-operator"],
+        }
+
+    def test_names_no_base_that_the_hub_does_not_have(self):
+        text = card(model={"location": {"uri": "pvc://models/bert"}})
+        assert "base_model" not in metadata(text)
+        assert "`pvc://models/bert`" in text
+
+
+class TestContent:
+    def test_says_what_it_is(self):
+        text = card()
+        assert "# sentiment\n" in text
+        assert f"`owner/base` at revision `{REVISION}` (BertModel, 1,234,567 parameters)" in text
+        assert "LoRA (rank 4, alpha 8)" in text
+
+    def test_compares_the_scores_with_the_baseline(self):
+        text = card()
+        assert "On the test split (99 rows)." in text
+        assert ["macroF1", "0.9123", "0.25"] in rows(text)
+        assert ["Metric", "Tuned", "Baseline (majority class)"] in rows(text)
+        assert ["negative", "0.9", "0.8", "0.847", "33"] in rows(text)
+        assert "Gate passed: macroF1 0.9123 is at least 0.8" in text
+
+    def test_shows_the_confusion_matrix_with_true_classes_as_rows(self):
+        table = rows(card())
+        start = table.index(["", *LABELS])
+        assert table[start + 2] == ["negative", "30", "0", "0"]
+        assert table[start + 4] == ["positive", "2", "2", "30"]
+
+    def test_leaves_a_confusion_matrix_that_nobody_could_read_to_the_report(self):
+        many = [f"label {number}" for number in range(40)]
+        text = card(many)
+        assert "confusion matrix of the 40 classes is in `evaluation.json`" in text
+        assert ["", *many] not in rows(text)
+        assert [many[39], "0.9", "0.8", "0.847", "33"] in rows(text)
+
+    def test_traces_the_data_to_its_files(self):
+        text = card()
+        source = ["dataset.sources\\[0\\]", "`s3://bucket/train.csv`", "LabelledText", "105", "5", f"`{'b' * 64}`"]
+        assert source in rows(text)
+        assert f"`{'f' * 64}`" in text
+        assert ["train", "90"] in rows(text)
+        assert not any(row[0] == "test" for row in rows(text))
+        assert ["neutral", "30", "0"] in rows(text)
+        assert ["no label", "3"] in rows(text)
+
+    def test_lists_every_setting_that_makes_the_weights(self):
+        settings = dict(row for row in rows(card()) if len(row) == 2)
+        expected = {
+            "LoRA dropout": "0.0",
+            "LoRA target modules": "all linear layers of the transformer blocks",
+            "epochs": "2.0",
+            "published step": "20",
+            "learning rate": "0.001",
+            "schedule": "Cosine",
+            "warm-up ratio": "0.1",
+            "batch size": "8 sequences",
+            "longest row in tokens": "64",
+            "precision": "fp32",
+            "weight decay": "0.01",
+            "gradient clipping norm": "1.0",
+            "seed": "7",
+            "torch": "2.13.0",
+        }
+        assert expected.items() <= settings.items()
+        assert "maximum steps" not in settings
+
+    def test_shows_other_settings_where_they_are_set(self):
+        training = {"epochs": None, "max_steps": 500, "batch_sequences": None, "batch_tokens": 4096}
+        settings = dict(
+            row for row in rows(card(training=training, lora={"target_modules": ["q_proj", "v_proj"]})) if len(row) == 2
+        )
+        assert settings["maximum steps"] == "500"
+        assert settings["batch size"] == "4096 tokens"
+        assert settings["LoRA target modules"] == "q\\_proj, v\\_proj"
+        assert "epochs" not in settings
+
+    def test_says_that_a_gate_was_missed(self):
+        missed = evaluation_report(LABELS).model_copy(update={"gate": GateResult(passed=False, message="too low")})
+        assert "Gate not passed: too low" in card(scores=missed)
+
+    def test_is_the_same_every_time(self):
+        assert card() == card()
+
+    @given(st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=4, unique=True))
+    def test_keeps_its_tables_whatever_the_labels_are(self, labels):
+        text = card(labels)
+        assert metadata(text)["base_model"] == "owner/base"
+        plain = card([f"label{number}" for number in range(len(labels))])
+        assert [len(row) for row in rows(text)] == [len(row) for row in rows(plain)]
+        assert text.count("\n## ") == plain.count("\n## ")
+
+    def test_shows_markup_in_a_label_as_text(self):
+        text = card(["<b>", "a|b", "`code`\n# head"])
+        assert "\\<b\\>" in text
+        assert "a\\|b" in text
+        assert "\n# head" not in text
+
+
+def test_versions_are_those_that_are_installed():
+    versions = software_versions()
+    assert versions["torch"] == torch.__version__
+    assert {"python", "finetune-operator", "transformers", "peft", "tokenizers", "safetensors"} <= set(versions)
+
+
+@pytest.mark.parametrize("output", ["Adapter", "Merged"])
+@pytest.mark.parametrize("task", [{}, GENERATION])
+def test_its_python_loads_the_model(tmp_path, monkeypatch, output, task):
+    plan, trained = make_trained(tmp_path, output={"format": output}, **task)
+    run(plan, Telemetry(Stage.PUBLISH, JobReference(namespace="team", name="sentiment", uid="1"), port=0))
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "artifacts" / "README.md").read_text(), re.DOTALL)
+    code = code.replace("path/to/this/folder", str(tmp_path / "artifacts"))
+    code = code.replace("owner/base", str(tmp_path / "model"))  # no hub here
+    names: dict = {}
+    exec(code, names)
+    batch = names["tokenizer"](["profit rises"], return_tensors="pt")
+    with torch.no_grad():
+        found, expected = (model(input_ids=batch["input_ids"]).logits for model in (names["model"], trained))
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_quotes_the_reports_that_lie_beside_it(tmp_path):
+    plan, _ = make_trained(tmp_path)
+    run(plan, Telemetry(Stage.PUBLISH, JobReference(namespace="team", name="sentiment", uid="1"), port=0))
+    evaluation = json.loads((tmp_path / "artifacts" / "evaluation.json").read_text())
+    assert evaluation == evaluation_report(LABELS).to_dict()
+    assert "0.9123" in (tmp_path / "artifacts" / "README.md").read_text()

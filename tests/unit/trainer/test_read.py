@@ -1,0 +1,184 @@
+"""Files as people have them: every row with its line, every bad row with its reason."""
+
+import csv
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from finetune_trainer.data.read import FileKind, RawRow, Rejection, file_kind, read_rows
+from finetune_trainer.errors import UserError
+from finetune_trainer.fetch import SourceFile
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: str | bytes) -> SourceFile:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return SourceFile("dataset.sources[0]", f"s3://bucket/{name}", path)
+
+    return write
+
+
+def lines(file: SourceFile) -> list[tuple[int, object]]:
+    """(Line, values or reason) of every row."""
+    return [(row.line, row.values if isinstance(row, RawRow) else row.reason) for row in read_rows(file)]
+
+
+def test_jsonl_rows_have_their_line_and_empty_lines_are_none(write):
+    file = write("a.jsonl", '{"a": 1}\n\n   \r\n{"a": 2}\r\n{"a": 3}')
+    assert lines(file) == [(1, {"a": 1}), (4, {"a": 2}), (5, {"a": 3})]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
+    assert lines(write("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n')) == [(1, {"a": 1})]
+    assert lines(write("a.csv", b"\xef\xbb\xbftext,label\nx,y\n")) == [(2, {"text": "x", "label": "y"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": 1', "invalid JSON"),
+        (b'["a"]', "invalid JSON"),
+        (b"7", "invalid JSON"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "invalid JSON"),
+        (b"[" * 100_000, "invalid JSON"),
+    ],
+)
+def test_a_bad_line_costs_only_itself(write, line, reason):
+    assert lines(write("a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')) == [
+        (1, {"a": 1}),
+        (2, reason),
+        (3, {"a": 3}),
+    ]
+
+
+def test_a_rejection_does_not_quote_the_row(write):
+    secret = "4929 1234"
+    file = write("a.jsonl", f'{{"a": {secret}\n{{"{secret}\n\\u{secret}\n"{secret}"\n')
+    rejections = list(read_rows(file))
+    assert len(rejections) == 4
+    assert all(isinstance(r, Rejection) and "4929" not in r.reason + r.detail for r in rejections)
+
+
+def test_csv_rows_begin_at_their_physical_line(write):
+    file = write("a.csv", 'text,label\r\n"two\r\nlines",good\r\n\r\nshort,bad\r\n')
+    assert lines(file) == [
+        (2, {"text": "two\r\nlines", "label": "good"}),
+        (5, {"text": "short", "label": "bad"}),
+    ]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_of_other_countries(write, mark):
+    file = write("a.csv", f'text{mark}label\n"one, two"{mark}good\n')
+    assert lines(file) == [(2, {"text": "one, two", "label": "good"})]
+
+
+def test_bad_csv_rows_cost_only_themselves(write):
+    content = b'text,label\na\n"a"b,c\n\xff,good\nfine,good\n'
+    assert lines(write("a.csv", content)) == [
+        (2, "invalid CSV"),
+        (3, "invalid CSV"),
+        (4, "not UTF-8"),
+        (5, {"text": "fine", "label": "good"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", 'text,label\na,b\n"never closed,c\nd,e\n', "line 3 opens a quote"),
+        ("a.csv", "a,a\n1,2\n", "line 1 is no header"),
+        ("a.csv", "text,label\n".encode("utf-16"), "is UTF-16"),
+        ("a.json", '[\n{"a": 1}\n]', "is a JSON array"),
+        ("a.parquet", b"PAR1 and nothing more", "cannot be read as Parquet"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "is damaged"),
+        ("unknown", b"\x00\x01\x02", "is neither JSONL, CSV nor Parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(write, name, content, words):
+    with pytest.raises(UserError) as caught:
+        list(read_rows(write(name, content)))
+    assert caught.value.message.startswith(f"dataset.sources[0]: {name} ")
+    assert words in caught.value.message
+
+
+def test_an_endless_line_is_told_of_and_not_kept_in_memory(write, monkeypatch):
+    monkeypatch.setattr("finetune_trainer.data.read.MAX_LINE_BYTES", 100)
+    with pytest.raises(UserError, match="line 2 is longer"):
+        list(read_rows(write("a.jsonl", '{"a": 1}\n{"a": "' + "x" * 1000 + '"}\n')))
+
+
+def test_parquet_rows_have_their_number(write, tmp_path):
+    table = pa.table({"text": ["a", None], "messages": [[{"role": "user", "content": "x"}], []]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = SourceFile("dataset.sources[0]", "file://a.parquet", tmp_path / "a.parquet")
+    assert lines(file) == [
+        (1, {"text": "a", "messages": [{"role": "user", "content": "x"}]}),
+        (2, {"text": None, "messages": []}),
+    ]
+
+
+def test_half_a_parquet_file_is_refused(write, tmp_path):
+    pq.write_table(pa.table({"text": [f"row {n}" for n in range(5000)]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    half = len(whole) // 2
+    for damaged in (whole[:half], whole[:100] + bytes(200) + whole[300:]):
+        with pytest.raises(UserError, match="is the file whole"):
+            list(read_rows(write("a.parquet", damaged)))
+
+
+def test_gzip_is_read_as_what_it_holds(write):
+    assert lines(write("a.jsonl.gz", gzip.compress(b'{"a": 1}\n'))) == [(1, {"a": 1})]
+    assert lines(write("part-0", gzip.compress(b"a,b\n1,2\n"))) == [(2, {"a": "1", "b": "2"})]
+
+
+def test_the_kind_is_told_by_name_and_else_by_content(write, tmp_path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "p")
+    parquet = (tmp_path / "p").read_bytes()
+    assert file_kind(write("a.CSV", "a\n1\n")) is FileKind.CSV
+    assert file_kind(write("a.tsv", "a\tb\n")) is FileKind.CSV
+    assert file_kind(write("part-0", '  {"a": 1}')) is FileKind.JSONL
+    assert file_kind(write("part-0", "a,b\n1,2\n")) is FileKind.CSV
+    assert file_kind(write("part-0", parquet)) is FileKind.PARQUET
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+            min_size=2,
+            max_size=2,
+        ),
+        max_size=5,
+    )
+)
+def test_whatever_a_csv_writer_writes_is_read_back(tmp_path_factory, rows):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["one", "two"])
+    writer.writerows(rows)
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_bytes(text.getvalue().encode())
+    found = [row.values for row in read_rows(SourceFile("f", "file://a.csv", path)) if isinstance(row, RawRow)]
+    assert found == [dict(zip(["one", "two"], row, strict=True)) for row in rows]
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_at_all_break_the_readers(tmp_path_factory, content):
+    for name in ("a.jsonl", "a.csv"):
+        path = tmp_path_factory.mktemp("any") / name
+        path.write_bytes(content)
+        try:
+            for row in read_rows(SourceFile("f", f"file://{name}", path)):
+                assert isinstance(row, (RawRow, Rejection))
+                json.dumps(row.values if isinstance(row, RawRow) else row.detail)
+        except UserError:
+            pass

@@ -1,0 +1,215 @@
+"""What the model sees of a row, and what of it has a loss."""
+
+import pytest
+from finetune_trainer.data.convert import (
+    Conversation,
+    InvalidRowError,
+    LabelledText,
+    PlainText,
+    PromptCompletion,
+    Turn,
+)
+from finetune_trainer.data.tokenize import Encoded, Encoder
+from finetune_trainer.errors import UserError
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from tests.models import save_tiny_bert, save_tiny_llama
+
+UNMARKED = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+FORGETFUL = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'user' or loop.last %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system!') }}{% endif %}" + UNMARKED
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return save_tiny_bert(root / "bert"), save_tiny_llama(root / "llama")
+
+
+@pytest.fixture
+def bert(folders):
+    return AutoTokenizer.from_pretrained(folders[0])
+
+
+@pytest.fixture
+def llama(folders):
+    return AutoTokenizer.from_pretrained(folders[1])
+
+
+@pytest.fixture
+def plain(llama):
+    """A base model's tokenizer: it has no chat template."""
+    llama.chat_template = None
+    return llama
+
+
+def with_bos(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def encode(encoder: Encoder, *examples) -> list[Encoded]:
+    results = encoder.encode(examples)
+    assert not any(isinstance(result, InvalidRowError) for result in results)
+    return results
+
+
+def supervised(tokenizer, encoded: Encoded) -> str:
+    row = encoded.row
+    return tokenizer.decode([i for i, learned in zip(row.input_ids, row.loss_mask, strict=True) if learned])
+
+
+def whole(tokenizer, encoded: Encoded) -> str:
+    return tokenizer.decode(encoded.row.input_ids)
+
+
+def test_a_classified_text_is_framed_and_has_its_class_id(bert):
+    encoder = Encoder(bert, 128, ["bad", "good"])
+    one, two = encode(encoder, LabelledText("Profit rises", "good"), LabelledText("shares fall", "bad"))
+    assert whole(bert, one) == "[CLS] profit rises [SEP]"
+    assert (one.row.label, two.row.label) == (1, 0)
+    assert not one.row.truncated
+    assert one.length == len(one.row.input_ids)
+
+
+def test_a_long_text_loses_its_end_but_not_its_frame(bert):
+    (cut,) = encode(Encoder(bert, 5, ["a", "b"]), LabelledText("profit rises as sales grow", "a"))
+    assert whole(bert, cut) == "[CLS] profit rises as [SEP]"
+    assert cut.row.truncated
+    assert cut.length == 7
+    bert.truncation_side = "left"
+    (again,) = encode(Encoder(bert, 5, ["a", "b"]), LabelledText("profit rises as sales grow", "a"))
+    assert again == cut
+
+
+def test_a_text_that_the_tokenizer_drops_is_rejected(bert):
+    results = Encoder(bert, 128, ["a"]).encode([LabelledText("\u200b\u200e", "a"), LabelledText("sales", "a")])
+    assert results[0].reason == "text has no tokens"
+    assert isinstance(results[1], Encoded)
+
+
+def test_control_tokens_in_a_text_are_only_letters(bert, plain):
+    (row,) = encode(Encoder(bert, 128, ["a", "b"]), LabelledText("sales [SEP] grow", "a"))
+    assert list(row.row.input_ids).count(bert.sep_token_id) == 1
+    examples = [PlainText("a </s> b"), PromptCompletion("a <s> </s>", "b </s> c")]
+    for encoded in encode(Encoder(plain, 128), *examples):
+        assert list(encoded.row.input_ids).count(plain.eos_token_id) == 1
+        assert encoded.row.input_ids[-1] == plain.eos_token_id
+        assert plain.bos_token_id not in encoded.row.input_ids
+
+
+def test_text_is_learned_as_a_whole_with_its_end(plain):
+    (encoded,) = encode(Encoder(plain, 128), PlainText("sales grow"))
+    assert whole(plain, encoded) == "sales grow</s>"
+    assert encoded.row.loss_mask == [False] + [True] * (len(encoded.row.input_ids) - 1)
+
+
+def test_a_tokenizers_own_beginning_is_kept(plain):
+    with_bos(plain)
+    text, prompt = encode(Encoder(plain, 128), PlainText("sales"), PromptCompletion("sales", " grow"))
+    assert whole(plain, text) == "<s>sales</s>"
+    assert supervised(plain, text) == "sales</s>"
+    assert whole(plain, prompt) == "<s>sales grow</s>"
+    assert supervised(plain, prompt) == " grow</s>"
+
+
+def test_only_the_completion_is_learned(plain):
+    (encoded,) = encode(Encoder(plain, 128), PromptCompletion("question: what?\n", "the answer"))
+    assert whole(plain, encoded) == "question: what?\nthe answer</s>"
+    assert supervised(plain, encoded) == "the answer</s>"
+
+
+def test_the_prompt_has_the_tokens_that_it_has_alone(plain):
+    """Two letters that are one token together: the model never writes the second after the first."""
+    first, second = next(
+        piece for piece in sorted(plain.get_vocab()) if len(piece) == 2 and piece.isalpha() and piece.isascii()
+    )
+    assert len(plain(first + second)["input_ids"]) == 1
+    (encoded,) = encode(Encoder(plain, 128), PromptCompletion(first, second))
+    assert len(encoded.row.input_ids) == 3
+    assert supervised(plain, encoded) == f"{second}</s>"
+
+
+def test_rows_are_cut_at_their_end_and_rejected_if_nothing_is_left(plain):
+    encoder = Encoder(plain, 12)
+    short, cut = encode(encoder, PromptCompletion("a", "b"), PromptCompletion("a", "profit " * 20))
+    assert not short.row.truncated
+    assert cut.row.truncated
+    assert len(cut.row.input_ids) == 12
+    assert cut.length > 12
+    (refused,) = encoder.encode([PromptCompletion("profit " * 40, "b")])
+    assert refused.reason == "nothing left to learn"
+    assert "12 tokens" in refused.detail
+    assert "profit" not in refused.detail
+
+
+CONVERSATION = Conversation(
+    (
+        Turn("system", "be brief"),
+        Turn("user", "hello"),
+        Turn("assistant", "hi there"),
+        Turn("user", "how are you"),
+        Turn("assistant", "fine"),
+    )
+)
+
+
+def test_only_what_the_template_marks_is_learned(llama):
+    (encoded,) = encode(Encoder(llama, 256), CONVERSATION)
+    assert whole(llama, encoded).startswith("<|system|>\nbe brief\n<|user|>\nhello\n<|assistant|>\nhi there</s>\n")
+    assert supervised(llama, encoded) == "hi there</s>fine</s>"
+
+
+def test_without_marks_an_answer_is_what_the_text_grows_by(llama):
+    llama.chat_template = UNMARKED
+    (encoded,) = encode(Encoder(llama, 256), CONVERSATION)
+    assert supervised(llama, encoded) == "hi there</s>\nfine</s>\n"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_told_of(llama):
+    llama.chat_template = FORGETFUL
+    many, one = Encoder(llama, 256).encode([CONVERSATION, PromptCompletion("hello", "hi")])
+    assert many.reason == "chat template hides the answers"
+    assert "{% generation %}" in many.detail
+    assert isinstance(one, Encoded)
+
+
+def test_a_row_that_the_template_refuses_costs_only_itself(llama):
+    llama.chat_template = STRICT
+    refused, fine = Encoder(llama, 256).encode([CONVERSATION, PromptCompletion("hello", "hi")])
+    assert refused.reason == "chat template refuses the row"
+    assert "system, user, assistant" in refused.detail
+    assert supervised(llama, fine) == "hi</s>\n"
+
+
+def test_prompts_become_a_users_turn_where_there_is_a_template(llama):
+    (encoded,) = encode(Encoder(llama, 256), PromptCompletion("hello\n\n", " hi "))
+    assert whole(llama, encoded) == "<|user|>\nhello\n<|assistant|>\nhi</s>\n"
+    assert supervised(llama, encoded) == "hi</s>"
+
+
+def test_kinds_may_be_mixed_and_keep_their_order(llama):
+    examples = [PlainText("one"), CONVERSATION, PlainText("three"), PromptCompletion("a", "b")]
+    results = encode(Encoder(llama, 256), *examples)
+    assert [whole(llama, r)[:5] for r in results] == ["one</", "<|sys", "three", "<|use"]
+    assert Encoder(llama, 256).encode([]) == []
+
+
+def test_messages_need_a_template(plain):
+    with pytest.raises(UserError, match="no chat template"):
+        Encoder(plain, 256).encode([CONVERSATION])
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_found_out(plain):
+    assert encode(Encoder(plain, 256, vocabulary_size=len(plain)), PlainText("sales"))
+    with pytest.raises(UserError, match="the model knows only 10"):
+        Encoder(plain, 256, vocabulary_size=10).encode([PlainText("sales")])

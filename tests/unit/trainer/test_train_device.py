@@ -1,0 +1,75 @@
+"""The device: never CPU in silence, and bf16 that computes the same with less memory."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetune_api.constants import Reason
+from finetune_api.plan import PlanDevice
+from finetune_api.spec import Precision, Task
+from finetune_trainer.data.store import open_split
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.load import build_model, trainable_state
+from finetune_trainer.train.batches import collate
+from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.loop import accumulate_gradients
+from finetune_trainer.workspace import Workspace
+
+from tests.unit.trainer.training_workspace import GENERATION, make_training
+
+BF16 = Device(torch.device("cpu"), Precision.BF16, "cpu")
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_a_missing_gpu_is_a_failure() -> None:
+    with pytest.raises(UserError, match=r"resources\.gpus.*resources\.allowCpuFallback") as caught:
+        choose_device(PlanDevice(gpus=1, nodes=1, allow_cpu_fallback=False), None)
+    assert caught.value.reason is Reason.ACCELERATOR_MISSING
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_the_fallback_to_cpu_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        device = choose_device(PlanDevice(gpus=1, nodes=1, allow_cpu_fallback=True), None)
+    assert (device.torch_device.type, device.precision) == ("cpu", Precision.FP32)
+    assert "training on CPU" in caplog.text
+
+
+def test_who_asks_for_no_gpu_trains_on_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    device = choose_device(PlanDevice(gpus=0, nodes=1, allow_cpu_fallback=False), Precision.BF16)
+    assert (device.torch_device.type, device.precision, device.name) == ("cpu", Precision.BF16, "cpu")
+    assert not caplog.text
+    assert device.peak_memory() > 10_000_000
+
+
+@pytest.mark.parametrize("changes", [{}, GENERATION], ids=["classification", "generation"])
+def test_frozen_weights_in_bf16_change_no_bit_of_loss_or_gradient(tmp_path: Path, changes) -> None:
+    plan = make_training(tmp_path, **changes)
+    data = open_split(tmp_path / "data", "train")
+    micro = [collate(data, np.arange(8), 0, plan.task)]
+    results = []
+    for cast in (False, True):
+        model = build_model(plan, Workspace(tmp_path), ["a", "b", "c"] if plan.task is Task.CLASSIFICATION else None)
+        if cast:
+            cast_frozen(model, Precision.BF16)
+        loss = accumulate_gradients(model.train(), micro, BF16, [1, 0])
+        results.append((float(loss), {n: w.grad for n, w in model.named_parameters() if w.requires_grad}, model))
+    (loss, grads, _), (cast_loss, cast_grads, cast_model) = results
+    assert loss == cast_loss
+    assert all(torch.equal(grads[name], cast_grads[name]) for name in grads)
+    assert {w.dtype for w in trainable_state(cast_model).values()} == {torch.float32}
+    assert sum(w.dtype is torch.bfloat16 for w in cast_model.parameters()) >= 12
+
+
+def test_fp32_casts_nothing(tmp_path: Path) -> None:
+    plan = make_training(tmp_path)
+    model = build_model(plan, Workspace(tmp_path), ["a", "b", "c"])
+    cast_frozen(model, Precision.FP32)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}

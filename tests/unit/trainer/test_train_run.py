@@ -1,0 +1,388 @@
+"""The train stage: interrupted anywhere it ends in the same weights, and its evidence is whole."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.constants import Reason, Stage
+from finetune_api.plan import Plan
+from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.report import EvaluationReport
+from finetune_api.spec import Task
+from finetune_trainer.errors import Interrupted, StageError, UserError
+from finetune_trainer.evaluate.predict import Evaluator
+from finetune_trainer.model.load import build_model, load_trainable_state
+from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import checkpoint, loop, reporting
+from finetune_trainer.train.run import run
+from finetune_trainer.workspace import Workspace
+from safetensors.torch import load_file
+
+from tests.unit.trainer.training_workspace import GENERATION, LABELS, make_training, write_data
+
+SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 60}}
+"""44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing may catch it."""
+
+
+class Calls:
+    """Counts what the stage does, and does `action` at call number `at`."""
+
+    def __init__(self, at: int, action: Callable[[], None]) -> None:
+        self.count, self._at, self._action = 0, at, action
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            self._action()
+
+
+def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
+    return run(plan, telemetry or Telemetry(Stage.TRAIN, plan.job, 0))
+
+
+def weights(plan: Plan, folder: str = "step-00000012") -> dict[str, torch.Tensor]:
+    return load_file(Path(plan.workspace) / "checkpoints" / folder / "weights.safetensors")
+
+
+def same_weights(plan: Plan, other: Plan) -> bool:
+    folders = ("step-00000012", "best")
+    pairs = [(weights(plan, folder), weights(other, folder)) for folder in folders]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def training_log(plan: Plan) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(plan.workspace) / "report" / "training.jsonl").open()]
+
+
+def report(plan: Plan) -> EvaluationReport:
+    return EvaluationReport.model_validate_json((Path(plan.workspace) / "report" / "evaluation.json").read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module", params=["classification", "generation"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A plan and the result of running it in one go, and how to make the same job elsewhere."""
+    changes = {**SAVES, **(GENERATION if request.param == "generation" else {})}
+    plan = make_training(tmp_path_factory.mktemp("whole"), **changes)
+    return plan, train(plan), changes
+
+
+@pytest.mark.parametrize("at", [1, 3, 7, 12])
+@pytest.mark.parametrize("where", ["_step", "_evaluate", "_save"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int
+) -> None:
+    """SIGTERM arrives in a step, an evaluation or a save, again in every attempt."""
+    whole, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    original = getattr(loop.Loop, where)
+    attempts = 0
+    while True:
+        telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+        calls = Calls(at, telemetry.stop_requested.set)
+        monkeypatch.setattr(loop.Loop, where, lambda self, calls=calls: (calls(), original(self))[1])
+        attempts += 1
+        try:
+            train(plan, telemetry)
+            break
+        except Interrupted as interrupted:
+            assert interrupted.step is not None
+            step = f"step-{interrupted.step:08d}"
+            assert (tmp_path / "checkpoints" / step / "manifest.json").exists(), "the step that was told is safe"
+        assert attempts <= 20
+    assert same_weights(plan, whole)
+    assert report(plan) == report(whole)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_killed_run_goes_on_to_the_same_weights(
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """It dies at random places, also in the middle of accumulating, saving and evaluating."""
+    whole, result, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    chance = random.Random(seed)
+    places = [(loop, "predict"), (loop, "collate"), (checkpoint, "_save_weights"), (checkpoint, "_describe"),
+              (checkpoint.shutil, "rmtree"), (Path, "rename"), (Evaluator, "__call__")]  # fmt: skip
+    deaths = 0
+    while True:
+        with monkeypatch.context() as patch:
+            place, name = chance.choice(places)
+            original = getattr(place, name)
+            calls = Calls(chance.randint(1, 12), _die)
+            patch.setattr(place, name, lambda *a, calls=calls, original=original, **k: (calls(), original(*a, **k))[1])
+            try:
+                resumed = train(plan)
+                break
+            except Killed:
+                deaths += 1
+        random.random(), torch.rand(3)  # another process has other random states
+        assert deaths <= 60
+    assert deaths or seed
+    assert same_weights(plan, whole)
+    assert report(plan) == report(whole)
+    steady = {"tokens_per_second", "samples_per_second", "peak_memory_bytes"}
+    assert resumed.train.model_dump(exclude=steady) == result.train.model_dump(exclude=steady)
+
+
+def _die() -> None:
+    raise Killed
+
+
+def test_a_broken_newest_checkpoint_costs_steps_and_no_bit(uninterrupted, tmp_path: Path) -> None:
+    whole, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    telemetry = stop_after(plan, 7)
+    with pytest.raises(Interrupted):
+        train(plan, telemetry)
+    (tmp_path / "checkpoints" / "step-00000007" / "training.pt").write_bytes(b"broken")
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    train(plan, telemetry)
+    assert telemetry.progress.resumed_from_step == 6
+    assert same_weights(plan, whole)
+
+
+def stop_after(plan: Plan, step: int) -> Telemetry:
+    """Telemetry that asks to stop when the step is reported."""
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    update = telemetry.update
+
+    def watch(**fields: Any) -> None:
+        update(**fields)
+        if fields.get("step") == step:
+            telemetry.stop_requested.set()
+
+    telemetry.update = watch
+    return telemetry
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once(uninterrupted, tmp_path: Path) -> None:
+    whole, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    with pytest.raises(Interrupted):
+        train(plan, stop_after(plan, 8))
+    (tmp_path / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    with (tmp_path / "report" / "training.jsonl").open("a") as log:
+        log.write('{"step": 9, "trai')  # what a kill left
+    train(plan)
+    keep = ("step", "epoch", "trainingLoss", "learningRate", "evaluation")
+    lines, expected = ([{k: line[k] for k in keep if k in line} for line in training_log(p)] for p in (plan, whole))
+    assert lines == expected
+    assert [line["step"] for line in lines if "trainingLoss" in line] == list(range(1, 13))
+
+
+def test_a_finished_run_gives_its_result_again_without_training(uninterrupted, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, result, _ = uninterrupted
+    monkeypatch.setattr(loop.Loop, "run", _die)
+    assert train(plan) == result
+
+
+def test_a_finished_training_without_its_result_is_evaluated_only(uninterrupted, monkeypatch) -> None:
+    plan, result, _ = uninterrupted
+    before = report(plan)
+    for file in ("checkpoints/result.json", "report/evaluation.json"):
+        (Path(plan.workspace) / file).unlink()
+    monkeypatch.setattr(loop.Loop, "_step", _die)
+    again = train(plan)
+    assert report(plan) == before
+    assert again.model_copy(update={"train": None}) == result.model_copy(update={"train": None})
+    assert again.train.scores == result.train.scores
+    assert again.train.training_loss == result.train.training_loss
+
+
+def test_what_training_tells_while_it_runs(uninterrupted, tmp_path: Path) -> None:
+    _, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    seen: list[Progress] = []
+    update = telemetry.update
+    telemetry.update = lambda **fields: (update(**fields), seen.append(telemetry.progress))[0]
+    train(plan, telemetry)
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    middle = next(progress for progress in seen if progress.step == 6)
+    assert (middle.total_steps, middle.activity, middle.precision, middle.device) == (12, "Training", "fp32", "cpu")
+    assert middle.epoch == 1
+    assert middle.estimated_remaining_seconds > 0
+    assert 0 < middle.training_loss < 10
+    assert 0 < middle.evaluation_loss < 10
+    assert 0 < middle.learning_rate <= 1e-3
+    assert min(middle.tokens_per_second, middle.samples_per_second, middle.peak_memory_bytes) > 0
+    assert middle.trainable_parameters > 1000
+    assert {"Loading the model", "Training", "Evaluating", "Saving a checkpoint"} <= {p.activity for p in seen}
+
+
+LEARNS = {"training": {"epochs": 30.0, "learning_rate": 5e-3, "evaluation_steps": 20, "checkpoint_steps": 1000}}
+GATE = {"metrics": ["macroF1", "accuracy", "loss"], "gate": {"metric": "macroF1", "minimum": 0.9, "minimum_gain": 0.35}}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_classification_is_learnt_and_passes_its_gate(tmp_path: Path, method: str) -> None:
+    rows = {"train": 60, "validation": 30, "test": 30}
+    plan = make_training(tmp_path, rows, method=method, evaluation=GATE, **LEARNS)
+    result = train(plan)
+    assert result.outcome is Outcome.SUCCEEDED, result.message
+    assert (result.train.split, result.train.baseline) == ("test", "majority class")
+    assert [score.metric for score in result.train.scores] == GATE["metrics"]
+    evaluation = report(plan)
+    assert evaluation.gate == result.train.gate
+    assert evaluation.tuned.metrics["macroF1"] >= 0.9
+    assert evaluation.baseline.metrics["macroF1"] < 0.3
+    assert sum(map(sum, evaluation.tuned.confusion)) == evaluation.rows == 30
+    assert [scores.label for scores in evaluation.tuned.classes] == LABELS
+
+
+def test_head_learns_with_a_frozen_encoder(tmp_path: Path) -> None:
+    plan = make_training(tmp_path, {"train": 60, "validation": 30}, method="Head", **LEARNS)
+    result = train(plan)
+    assert result.train.split == "validation"
+    evaluation = report(plan)
+    assert evaluation.tuned.metrics["accuracy"] > evaluation.baseline.metrics["accuracy"] + 0.2
+    assert result.train.trainable_parameters == 32 * 32 + 32 + 32 * 3 + 3
+
+
+def test_a_gate_that_is_not_passed_fails_the_job_with_its_evidence(tmp_path: Path) -> None:
+    gate = {"metric": "macroF1", "minimum": 0.99}
+    plan = make_training(
+        tmp_path, evaluation={"metrics": ["macroF1"], "gate": gate}, training={"max_steps": 2, "epochs": None}
+    )
+    result = train(plan)
+    assert (result.outcome, result.reason) == (Outcome.FAILED, Reason.GATE_FAILED)
+    assert "at least 0.99 is required: not reached" in result.message
+    assert result.train.gate.passed is False
+    assert report(plan).gate.passed is False
+    assert train(plan) == result
+
+
+def test_generation_is_compared_with_the_untuned_model(tmp_path: Path) -> None:
+    plan = make_training(tmp_path, {"train": 60, "validation": 20}, **{**GENERATION, **LEARNS})
+    result = train(plan)
+    evaluation = report(plan)
+    assert evaluation.baseline.name == result.train.baseline == "untuned model"
+    assert evaluation.tuned.metrics["loss"] < 0.8 * evaluation.baseline.metrics["loss"]
+    assert evaluation.baseline.metrics["loss"] == pytest.approx(torch.tensor(320.0).log().item(), rel=0.05)
+
+
+def test_the_best_checkpoint_is_the_one_that_is_judged_and_published(tmp_path: Path, monkeypatch) -> None:
+    plan = make_training(tmp_path, **SAVES)
+    scores = iter([0.5, 0.9, 0.7])
+    original = Evaluator.__call__
+
+    def fake(self, name, model, data, on_batch):
+        result = original(self, name, model, data, on_batch)
+        planned = next(scores, None)  # the last one is the final evaluation
+        return (
+            result if planned is None else result.model_copy(update={"metrics": {**result.metrics, "macroF1": planned}})
+        )
+
+    monkeypatch.setattr(Evaluator, "__call__", fake)
+    result = train(plan)
+    assert result.train.best_step == 8
+    best = json.loads((tmp_path / "checkpoints" / "best" / "best.json").read_text())
+    assert best == {"step": 8, "score": 0.9}
+    model = build_model(plan, Workspace(tmp_path), LABELS)
+    load_trainable_state(model, tmp_path / "checkpoints" / "best" / "weights.safetensors")
+    last, stored = weights(plan), weights(plan, "best")
+    assert any(not torch.equal(last[name], stored[name]) for name in last)
+    assert [line["best"] for line in training_log(plan) if "best" in line] == [True, True, False]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_training(tmp_path, **SAVES)
+    monkeypatch.setattr(reporting, "REPORT_SECONDS", 1000.0)  # it is found later and still told exactly
+    original, poisoned = loop.accumulate_gradients, Calls(5, lambda: None)
+
+    def poison(*arguments):
+        loss = original(*arguments)
+        poisoned()
+        return loss * float("nan") if poisoned.count == 5 else loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poison)
+    with pytest.raises(UserError, match=r"step 5 of 12.*learningRate.*the checkpoint of step 3 is kept") as caught:
+        train(plan)
+    assert caught.value.reason is Reason.NON_FINITE_LOSS
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_a_learning_rate_that_explodes_is_found(tmp_path: Path) -> None:
+    training = {"learning_rate": 10.0, "max_grad_norm": 1000.0, "warmup_ratio": 0.0, "max_steps": 200, "epochs": None}
+    plan = make_training(tmp_path, method="Full", training=training, **GENERATION)
+    with torch.no_grad():
+        weights_path = tmp_path / "model" / "model.safetensors"
+        from safetensors.torch import save_file
+
+        save_file(
+            {n: w * (1e20 if "norm" in n else 1) for n, w in load_file(weights_path).items()},
+            weights_path,
+            {"format": "pt"},
+        )
+    with pytest.raises(UserError) as caught:
+        train(plan)
+    assert caught.value.reason is Reason.NON_FINITE_LOSS
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_empty_split_is_the_users_to_mend(tmp_path: Path, split: str) -> None:
+    plan = make_training(tmp_path)
+    write_data(Workspace(tmp_path), Task.CLASSIFICATION, {"train": 5, "validation": 5, split: 0})
+    with pytest.raises(UserError, match=f"the {split} split has no rows") as caught:
+        train(plan)
+    assert caught.value.reason is Reason.DATA_INVALID
+
+
+def test_training_needs_prepared_data(tmp_path: Path) -> None:
+    plan = make_training(tmp_path)
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(StageError, match="run prepare first"):
+        train(plan)
+
+
+def test_a_gpu_that_is_not_there_fails_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = make_training(tmp_path, device={"gpus": 1})
+    with pytest.raises(UserError) as caught:
+        train(plan)
+    assert caught.value.reason is Reason.ACCELERATOR_MISSING
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_bf16_trains_fp32_weights(tmp_path: Path) -> None:
+    plan = make_training(tmp_path, training={"precision": "bf16", "max_steps": 3, "epochs": None})
+    result = train(plan)
+    assert result.train.precision == "bf16"
+    assert {weight.dtype for weight in weights(plan, "step-00000003").values()} == {torch.float32}
+
+
+def test_a_real_sigterm_saves_and_the_next_process_goes_on(uninterrupted, tmp_path: Path) -> None:
+    whole, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    environment = os.environ | {"FINETUNE_TELEMETRY_PORT": "0", "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                                "FINETUNE_TERMINATION_LOG": str(tmp_path / "termination")}  # fmt: skip
+    command = [sys.executable, "-m", "finetune_trainer", "train", "--plan", str(tmp_path / "plan.json")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "steps on" in line:  # the model is loaded
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 75
+    result = Result.model_validate_json((tmp_path / "termination").read_bytes())
+    assert (result.outcome, result.reason) == (Outcome.INTERRUPTED, Reason.INTERRUPTED)
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert same_weights(plan, whole)

@@ -1,0 +1,65 @@
+"""A workspace as prepare leaves it: a tiny model and random rows that can be learnt."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from finetune_api.plan import Plan
+from finetune_api.spec import Task
+from finetune_trainer.data.store import DataManifest, SplitManifest, TokenizedRow, write_manifest, write_split
+from finetune_trainer.workspace import Workspace
+
+from tests.models import save_tiny_bert, save_tiny_llama
+from tests.plans import make_plan
+
+LABELS = ["negative", "neutral", "positive"]
+GENERATION = {"task": "Generation", "evaluation": {"metrics": ["loss", "perplexity"]}}
+CLASSIFICATION_ROWS = {"train": 44, "validation": 12, "test": 15}
+WORDS = (32, 80)
+"""Token ids that both tiny models have as ordinary ones."""
+
+
+@cache
+def tiny_model(task: Task) -> Path:
+    folder = Path(mkdtemp(prefix="tiny-"))
+    return (save_tiny_bert if task is Task.CLASSIFICATION else save_tiny_llama)(folder)
+
+
+def make_training(folder: Path, rows: dict[str, int] | None = None, **changes: Any) -> Plan:
+    """Writes model and data to `folder` and returns the train plan. Adapters have dropout, as the encoder has."""
+    plan = make_plan(folder, **({"lora": {"dropout": 0.1}} | changes))
+    workspace = Workspace(folder)
+    if not workspace.model.exists():
+        shutil.copytree(tiny_model(plan.task), workspace.model)
+    write_data(workspace, plan.task, rows or CLASSIFICATION_ROWS)
+    return plan
+
+
+def write_data(workspace: Workspace, task: Task, rows: dict[str, int], fingerprint: str = "f" * 64) -> None:
+    splits: dict[str, SplitManifest] = {}
+    for seed, (split, count) in enumerate(rows.items()):
+        make = _labelled if task is Task.CLASSIFICATION else _completion
+        random = np.random.default_rng(seed)
+        splits[split] = write_split(workspace.data / split, [make(random) for _ in range(count)], task)
+    labels = LABELS if task is Task.CLASSIFICATION else None
+    write_manifest(
+        workspace.data,
+        DataManifest(task=task, labels=labels, max_length=64, fingerprint=fingerprint, splits=splits),
+    )
+
+
+def _labelled(random: np.random.Generator) -> TokenizedRow:
+    """The label is the third of the vocabulary that the words come from."""
+    label = int(random.integers(3))
+    low = WORDS[0] + 16 * label
+    words = random.integers(low, low + 16, size=random.integers(3, 20))
+    return TokenizedRow([2, *words.tolist(), 3], label=label)
+
+
+def _completion(random: np.random.Generator) -> TokenizedRow:
+    """A prompt, then the same words again: only these are supervised."""
+    words = random.integers(*WORDS, size=random.integers(2, 8)).tolist()
+    return TokenizedRow([1, *words, *words, 2], loss_mask=[False] * (len(words) + 1) + [True] * (len(words) + 1))

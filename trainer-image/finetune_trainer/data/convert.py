@@ -1,0 +1,261 @@
+"""Raw rows -> examples: one type for each way in which a row can be learned from.
+
+Formats (`DataFormat`) are what files look like; Alpaca rows, for example, become a prompt and its completion.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from finetune_api.constants import Reason
+from finetune_api.plan import PlanSource
+from finetune_api.spec import DataFormat, Task
+
+from finetune_trainer.data.read import RawRow, Rejection, file_kind, is_unicode, read_rows
+from finetune_trainer.errors import UserError
+from finetune_trainer.fetch import SourceFile
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_LABEL_LENGTH = 128
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    text: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion:
+    """Without a chat template the two are simply joined: the prompt brings its own last space or line break."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Ends with the assistant."""
+
+    turns: tuple[Turn, ...]
+
+
+Example = LabelledText | PlainText | PromptCompletion | Conversation
+
+
+def example_texts(example: Example) -> list[str]:
+    """All texts of an example that a model reads or writes, roles included; a label is none."""
+    match example:
+        case LabelledText(text, _) | PlainText(text):
+            return [text]
+        case PromptCompletion(prompt, completion):
+            return [prompt, completion]
+        case Conversation(turns):
+            return [part for turn in turns for part in turn]
+
+
+USUAL_COLUMNS = {
+    "text": ("text", "sentence", "headline", "content"),
+    "label": ("label", "labels", "category", "sentiment", "class"),
+    "prompt": ("prompt",),
+    "completion": ("completion", "response"),
+    "messages": ("messages", "conversations"),
+    "instruction": ("instruction",),
+    "input": ("input",),
+    "output": ("output",),
+}
+"""Field -> column names, the first that a row has counts."""
+
+FIELDS: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.MESSAGES: ("messages",),
+    DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+    DataFormat.ALPACA: ("instruction", "output"),
+    DataFormat.TEXT: ("text",),
+    DataFormat.LABELLED_TEXT: ("text", "label"),
+}
+"""Format -> fields that every row has. In the order in which a format is recognised."""
+
+FORMATS: dict[Task, list[DataFormat]] = {
+    Task.CLASSIFICATION: [DataFormat.LABELLED_TEXT],
+    Task.GENERATION: [f for f in FIELDS if f is not DataFormat.LABELLED_TEXT],
+}
+
+
+class InvalidRowError(ValueError):
+    """A row cannot be learned from; neither text quotes it."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class Row:
+    """A raw row by the names of fields instead of columns."""
+
+    def __init__(self, values: Mapping[str, Any], source: PlanSource) -> None:
+        self._values = values
+        self._source = source
+
+    def get(self, field: str) -> Any:
+        """The value of the field's column; None if it is null or there is none."""
+        return next((self._values[name] for name in column_names(self._source, field) if name in self._values), None)
+
+    def text(self, field: str) -> str:
+        """Raises InvalidRowError unless the field is a text that says something."""
+        return checked_text(self.get(field), field)
+
+
+def column_names(source: PlanSource, field: str) -> tuple[str, ...]:
+    """The columns in which a source may have a field."""
+    named = getattr(source.columns, field)
+    return (named,) if named else USUAL_COLUMNS[field]
+
+
+def checked_text(value: Any, name: str) -> str:
+    """The value, if it is a text that says something; otherwise raises InvalidRowError, which calls it `name`."""
+    if value is None:
+        raise InvalidRowError(f"{name} is missing")
+    if not isinstance(value, str):
+        raise InvalidRowError(f"{name} is not text", f"it is of type {type(value).__name__}")
+    if not value.strip():
+        raise InvalidRowError(f"{name} is empty")
+    if not is_unicode(value):
+        raise InvalidRowError("not Unicode", f"{name} holds half of a surrogate pair")
+    return value
+
+
+def _labelled_text(row: Row) -> LabelledText:
+    return LabelledText(row.text("text"), _label(row.get("label")))
+
+
+def _label(value: Any) -> str:
+    """Names, and class numbers as JSON, Parquet and pandas (1.0) write them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    label = checked_text(value, "label").strip()
+    if len(label) > MAX_LABEL_LENGTH:
+        raise InvalidRowError("label is too long", f"{len(label)} characters, at most {MAX_LABEL_LENGTH}")
+    return label
+
+
+def _plain_text(row: Row) -> PlainText:
+    return PlainText(row.text("text"))
+
+
+def _prompt_completion(row: Row) -> PromptCompletion:
+    return PromptCompletion(row.text("prompt"), row.text("completion"))
+
+
+def _alpaca(row: Row) -> PromptCompletion:
+    parts = [row.text("instruction")]
+    if row.get("input") not in (None, ""):
+        parts.append(row.text("input"))
+    return PromptCompletion("\n\n".join(parts) + "\n\n", row.text("output"))
+
+
+def _conversation(row: Row) -> Conversation:
+    messages = row.get("messages")
+    if isinstance(messages, str):  # a CSV cell
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise InvalidRowError("messages are not valid", "the text of the column is not JSON") from None
+    if messages is None:
+        raise InvalidRowError("messages is missing")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRowError("messages are not valid", "not a list of {role, content}")
+    turns = tuple(_turn(number, message) for number, message in enumerate(messages, start=1))
+    if turns[-1].role != "assistant":
+        raise InvalidRowError("messages do not end with the assistant", "there is no answer to learn")
+    return Conversation(turns)
+
+
+def _turn(number: int, message: Any) -> Turn:
+    if not isinstance(message, dict):
+        raise InvalidRowError("messages are not valid", f"message {number} is not an object")
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidRowError("role is not valid", f"that of message {number} is none of {', '.join(ROLES)}")
+    if role == "system" and number > 1:
+        raise InvalidRowError("role is not valid", f"message {number} is of the system; only the first may be")
+    try:
+        return Turn(role, checked_text(message.get("content"), "content"))
+    except InvalidRowError as error:
+        raise InvalidRowError(error.reason, f"message {number} {error.detail}".rstrip()) from None
+
+
+CONVERTERS: dict[DataFormat, Callable[[Row], Example]] = {
+    DataFormat.MESSAGES: _conversation,
+    DataFormat.PROMPT_COMPLETION: _prompt_completion,
+    DataFormat.ALPACA: _alpaca,
+    DataFormat.TEXT: _plain_text,
+    DataFormat.LABELLED_TEXT: _labelled_text,
+}
+
+
+def recognise_format(file: SourceFile, source: PlanSource, task: Task) -> DataFormat:
+    """The source's format: as the spec says, else by the columns of the first row of `file` that can be read.
+
+    Raises UserError if the columns fit no format of the task.
+    """
+    first = next((row for row in read_rows(file) if isinstance(row, RawRow)), None)
+    if first is None:
+        raise UserError(Reason.DATA_INVALID, f"{file.field}: {file.name} has no rows that can be read")
+    candidates = [source.format] if source.format else _candidates(source, task)
+    fitting = [f for f in candidates if not _missing_fields(f, first, source)]
+    if fitting:
+        return fitting[0]
+    if len(candidates) == 1 and not file_kind(file).tabular:  # another row of a JSONL file may have them
+        return candidates[0]
+    raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or FORMATS[task], first))
+
+
+def _candidates(source: PlanSource, task: Task) -> list[DataFormat]:
+    """The task's formats that have use for every column that the spec names."""
+    mapped = {field for field in USUAL_COLUMNS if getattr(source.columns, field)}
+    return [f for f in FORMATS[task] if mapped <= {*FIELDS[f], "input"}]
+
+
+def _missing_fields(data_format: DataFormat, row: RawRow, source: PlanSource) -> list[str]:
+    return [f for f in FIELDS[data_format] if not any(name in row.values for name in column_names(source, f))]
+
+
+def _no_format(file: SourceFile, source: PlanSource, candidates: list[DataFormat], first: RawRow) -> str:
+    """The columns that were looked for; those that the file has may be text where its header is missing."""
+    needs = []
+    for candidate in candidates:
+        missing = _missing_fields(candidate, first, source)
+        columns = [f"a column for {field} ({' or '.join(column_names(source, field))})" for field in missing]
+        needs.append(f"format {candidate.value} needs {' and '.join(columns)}")
+    return f"{file.at(first.line)}: {'; '.join(needs)}: name the columns in {file.field}.columns"
+
+
+def convert_rows(
+    file: SourceFile, source: PlanSource, data_format: DataFormat
+) -> Iterator[tuple[int, Example] | Rejection]:
+    """(Line, example) of every valid row of a file, and the rejections of the others, in their order."""
+    convert = CONVERTERS[data_format]
+    for row in read_rows(file):
+        if isinstance(row, Rejection):
+            yield row
+            continue
+        try:
+            example = convert(Row(row.values, source))
+        except InvalidRowError as error:
+            yield Rejection(row.line, error.reason, error.detail)
+        else:
+            yield row.line, example

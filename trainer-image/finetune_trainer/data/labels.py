@@ -1,0 +1,51 @@
+"""The labels of a classification: a closed set in the order of the class ids."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from finetune_api.constants import Reason
+
+from finetune_trainer.errors import UserError
+
+MAX_LABELS = 512
+NAMED_IN_ERRORS = 3
+
+
+def label_order(found: Iterable[str]) -> list[str]:
+    """Sorted; by number if all are whole numbers, so that class ids of a dataset stay what they were."""
+    labels = set(found)
+    try:
+        return sorted(labels, key=int)
+    except ValueError:
+        return sorted(labels)
+
+
+def check_label_count(found: Mapping[str, int]) -> None:
+    """Raises UserError if there are so many labels that the column can hold none."""
+    if len(found) > MAX_LABELS:
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"dataset.sources: more than {MAX_LABELS} different labels: is this the right column? "
+            "Name it in columns.label, or list the labels in dataset.labels",
+        )
+
+
+def resolve_labels(rows: Mapping[str, Counter[str]], closed: list[str] | None) -> list[str]:
+    """The labels in the order of their class ids, from `rows` (split -> label -> rows) or the closed set.
+
+    Raises UserError (DataInvalid) if there are less than two, or one that training never sees.
+    """
+    labels = closed or label_order(label for counts in rows.values() for label in counts)
+    if len(labels) < 2:
+        raise UserError(
+            Reason.DATA_INVALID, f"dataset.sources: {len(labels)} label found; a classification needs at least 2"
+        )
+    unseen = [label for label in labels if not rows["train"][label]]
+    if unseen:
+        names = ", ".join(f"'{label}'" for label in unseen[:NAMED_IN_ERRORS])
+        more = f" and {len(unseen) - NAMED_IN_ERRORS} more" if len(unseen) > NAMED_IN_ERRORS else ""
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"dataset.sources: no training row has the label {names}{more}: add such rows, or correct dataset.labels",
+        )
+    return labels

@@ -1,0 +1,157 @@
+"""The sources as one stream of placed rows: read, convert, check, split.
+
+`place_rows` is a fresh pass with the same outcome every time it is called, so that one pass can find out what the
+next one needs to know (labels, counts) without holding the rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.plan import PlanDataset, PlanSource
+from finetune_api.spec import DataFormat, Task
+
+from finetune_trainer.data.convert import Example, LabelledText, convert_rows, example_texts, recognise_format
+from finetune_trainer.data.labels import check_label_count
+from finetune_trainer.data.quarantine import Quarantine
+from finetune_trainer.data.read import Rejection
+from finetune_trainer.data.split import Split, Splitter, content_key
+from finetune_trainer.fetch import SourceFile, fetch_source
+from finetune_trainer.telemetry.watch import Watch
+
+CHECK_ROWS = 256
+"""Rows between two looks at whether a stop was requested."""
+
+BATCH_ROWS = 1_000
+BATCH_CHARACTERS = 1 << 22
+"""Most characters in a batch, unless a single row has more: its tokens take up to 100 times as many bytes."""
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source on this machine. `origin` is the split that it was given for; TRAIN is divided by the fractions."""
+
+    source: PlanSource
+    origin: Split
+    files: Sequence[SourceFile]
+    format: DataFormat
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRow:
+    file: SourceFile
+    line: int
+    split: Split
+    example: Example
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """`invalid` is False for a sound row that may not be used."""
+
+    file: SourceFile
+    rejection: Rejection
+    invalid: bool = True
+
+
+class Survey:
+    """What the first pass finds out. `labels`: split -> label -> rows."""
+
+    def __init__(self) -> None:
+        self.read: Counter[SourceFile] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.labels: dict[str, Counter[str]] = {}
+
+    @property
+    def rows_read(self) -> int:
+        return self.read.total()
+
+    def count(self, split: Split, example: Example) -> None:
+        """Counts a row that is kept. Raises UserError for endless labels."""
+        self.rows[split] += 1
+        if isinstance(example, LabelledText):
+            counts = self.labels.setdefault(split, Counter())
+            counts[example.label] += 1
+            if counts[example.label] == 1:
+                check_label_count(counts)
+
+
+def open_sources(dataset: PlanDataset, task: Task, downloads: Path, watch: Watch) -> list[OpenedSource]:
+    """Fetches the sources, held-out ones first, and recognises their formats.
+
+    Raises UserError (DataNotFound, DataInvalid), StageError for network trouble, Interrupted.
+    """
+    opened = []
+    for split in Split:  # its order matters, see there
+        for source in _sources(dataset, split):
+            watch.check()
+            files = fetch_source(source, downloads / source.field, watch)
+            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, task)))
+    return opened
+
+
+def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
+    match split:
+        case Split.TEST:
+            return dataset.test.sources if dataset.test else []
+        case Split.VALIDATION:
+            return dataset.validation.sources
+        case Split.TRAIN:
+            return dataset.sources
+
+
+def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterator[PlacedRow | RejectedRow]:
+    """Every row of all sources, in their order."""
+    splitter = Splitter(dataset)
+    closed = set(dataset.labels or ())
+    for opened in sources:
+        for file in opened.files:
+            for item in convert_rows(file, opened.source, opened.format):
+                if isinstance(item, Rejection):
+                    yield RejectedRow(file, item)
+                    continue
+                line, example = item
+                if closed and isinstance(example, LabelledText) and example.label not in closed:
+                    yield RejectedRow(file, Rejection(line, "label is unknown", "dataset.labels does not list it"))
+                    continue
+                split = splitter.place(opened.origin, content_key(example))
+                if split is None:
+                    yield RejectedRow(file, Rejection(line, "held-out duplicate", "a held-out source has it"), False)
+                else:
+                    yield PlacedRow(file, line, split, example)
+
+
+def survey_rows(
+    sources: Sequence[OpenedSource], dataset: PlanDataset, quarantine: Quarantine, survey: Survey, watch: Watch
+) -> None:
+    """The first pass: counts into `survey`, rejections into `quarantine`. Raises UserError, Interrupted."""
+    sizes = {file: file.path.stat().st_size for opened in sources for file in opened.files}
+    done = 0
+    current: SourceFile | None = None
+    for number, row in enumerate(place_rows(sources, dataset)):
+        if row.file != current:
+            done += sizes[current] if current else 0
+            current = row.file
+        if number % CHECK_ROWS == 0:
+            watch.advance(done, sum(sizes.values()))
+        survey.read[row.file] += 1
+        if isinstance(row, RejectedRow):
+            quarantine.add(row.file, row.rejection, row.invalid)
+        else:
+            survey.count(row.split, row.example)
+
+
+def batch_rows(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
+    """The rows in batches for the tokenizer."""
+    batch: list[PlacedRow] = []
+    characters = 0
+    for row in rows:
+        length = sum(map(len, example_texts(row.example)))
+        if batch and (len(batch) == BATCH_ROWS or characters + length > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(row)
+        characters += length
+    if batch:
+        yield batch

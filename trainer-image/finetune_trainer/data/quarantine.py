@@ -1,0 +1,79 @@
+"""Rejected rows: written to quarantine.jsonl with file, line and reason, counted, and judged."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from finetune_api.constants import Reason
+from finetune_api.report import Quarantined
+
+from finetune_trainer.data.read import Rejection
+from finetune_trainer.errors import UserError
+from finetune_trainer.fetch import SourceFile
+from finetune_trainer.workspace import sync_folder
+
+NAMED_REJECTIONS = 3
+"""How many rejections an error message names."""
+
+
+class Quarantine:
+    """quarantine.jsonl: one line per rejected row, written as they come; it takes its place when it is closed.
+
+    `counts`: rejected rows by reason. `invalid`: those that count against dataset.maxRejected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.counts: Counter[str] = Counter()
+        self.by_file: Counter[SourceFile] = Counter()
+        self.invalid = 0
+        self._examples: list[str] = []
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.new")
+        self._file = self._temporary.open("w", encoding="utf-8")
+
+    @property
+    def rejected(self) -> int:
+        return self.counts.total()
+
+    def add(self, file: SourceFile, rejection: Rejection, invalid: bool = True) -> None:
+        """`invalid` is False for a row that is sound, but not wanted."""
+        self.counts[rejection.reason] += 1
+        self.by_file[file] += 1
+        line = Quarantined(uri=file.uri, line=rejection.line, reason=rejection.reason, detail=rejection.detail)
+        self._file.write(line.to_json() + "\n")
+        if invalid:
+            self.invalid += 1
+            if len(self._examples) < NAMED_REJECTIONS:
+                detail = f" ({rejection.detail})" if rejection.detail else ""
+                self._examples.append(f"{file.at(rejection.line)}: {rejection.reason}{detail}")
+
+    def check(self, rows_read: int, max_rejected: float) -> None:
+        """Raises UserError (DataInvalid) if more than the share `max_rejected` of all rows is invalid."""
+        if not self.invalid or self.invalid / rows_read <= max_rejected:
+            return
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
+        more = f" and {self.invalid - len(self._examples)} more" if self.invalid > len(self._examples) else ""
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"{'; '.join(self._examples)}{more}. Invalid: {self.invalid} of {rows_read} rows; dataset.maxRejected is "
+            f"{max_rejected:.3g}. By reason: {counts}. All are in {self._path.parent.name}/{self._path.name}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Bad data is reported too; any other end leaves the report of an earlier attempt."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if error is None or isinstance(error, UserError):
+            self._temporary.replace(self._path)
+            sync_folder(self._path.parent)
+        else:
+            self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""report/data.json: what the data looks like, from whatever is known when it is written."""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from finetune_api.report import DataReport, LengthReport, SourceReport
+from finetune_api.status import DataStatus, ModelStatus
+
+from finetune_trainer.data.pipeline import OpenedSource, Survey
+from finetune_trainer.data.quarantine import Quarantine
+from finetune_trainer.data.split import Split
+from finetune_trainer.data.store import DataManifest
+from finetune_trainer.fetch import SourceFile
+
+MAX_LABELS = 32
+MAX_LABEL_BYTES = 1500
+"""Labels share a termination message of 4096 bytes with everything else."""
+
+
+class Lengths:
+    """Tokens per row, 4 bytes each."""
+
+    def __init__(self) -> None:
+        self._values = array("i")
+
+    def add(self, tokens: int) -> None:
+        self._values.append(tokens)
+
+    def report(self) -> LengthReport | None:
+        """None if there are no rows."""
+        values = np.frombuffer(self._values, dtype=np.int32)
+        if not len(values):
+            return None
+        p50, p90, p99 = (int(p) for p in np.percentile(values, [50, 90, 99], method="higher"))
+        mean = round(float(values.mean()), 2)
+        return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
+
+
+@dataclass
+class Findings:
+    """What prepare has found out so far; refused data is reported too, as far as it was understood."""
+
+    max_length: int
+    sources: list[OpenedSource] = field(default_factory=list)
+    hashes: dict[SourceFile, str] = field(default_factory=dict)
+    survey: Survey = field(default_factory=Survey)
+    labels: list[str] | None = None
+    model: ModelStatus | None = None
+    lengths: Lengths = field(default_factory=Lengths)
+    manifest: DataManifest | None = None
+
+    def report(self, quarantine: Quarantine) -> DataReport:
+        return DataReport(
+            summary=self._summary(quarantine),
+            model=self.model,
+            sources=[
+                SourceReport(
+                    field=file.field,
+                    uri=file.uri,
+                    sha256=self.hashes[file],
+                    format=opened.format.value,
+                    rows_read=self.survey.read[file],
+                    rows_rejected=quarantine.by_file[file],
+                )
+                for opened in self.sources
+                for file in opened.files
+            ],
+            rejections=dict(quarantine.counts.most_common()),
+            labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
+            lengths=self.lengths.report(),
+        )
+
+    def _summary(self, quarantine: Quarantine) -> DataStatus:
+        splits = self.manifest.splits if self.manifest else {}
+        rows = {name: split.rows for name, split in splits.items()} or self.survey.rows
+        train = splits.get(Split.TRAIN)
+        return DataStatus(
+            rows_read=self.survey.rows_read,
+            rows_kept=sum(rows.values()),
+            rows_rejected=quarantine.rejected,
+            train_rows=rows.get(Split.TRAIN, 0),
+            validation_rows=rows.get(Split.VALIDATION, 0),
+            test_rows=rows.get(Split.TEST, 0),
+            tokens=train.tokens if train else 0,
+            supervised_tokens=train.supervised_tokens if train else 0,
+            truncated_rows=train.truncated_rows if train else 0,
+            max_length=self.max_length,
+            labels=_status_labels(self.labels) if self.labels else None,
+            fingerprint=self.manifest.fingerprint if self.manifest else "",
+        )
+
+
+def _status_labels(labels: list[str]) -> list[str]:
+    """As many of the labels as the status has room for."""
+    shown: list[str] = []
+    for label in labels[:MAX_LABELS]:
+        shown.append(label)
+        if len(json.dumps(shown)) > MAX_LABEL_BYTES:
+            return shown[:-1]
+    return shown
+
+
+def _label_table(rows: Mapping[str, Counter[str]], labels: list[str]) -> dict[str, dict[str, int]]:
+    """Split -> label -> rows, in the order of the class ids."""
+    return {split: {label: counts[label] for label in labels} for split, counts in rows.items()}

@@ -1,0 +1,249 @@
+"""Examples -> token ids and what is learned of them, in batches (the fast tokenizers use all cores for one).
+
+Text of the dataset never becomes control tokens where it is encoded by itself: "</s>" in a text is five letters.
+Inside a chat template it is what the template and the tokenizer make of it, as it will be when the model is used.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from finetune_api.constants import Reason
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from finetune_trainer.data.convert import (
+    Conversation,
+    Example,
+    InvalidRowError,
+    LabelledText,
+    PlainText,
+    PromptCompletion,
+    Turn,
+)
+from finetune_trainer.data.store import TokenizedRow
+from finetune_trainer.errors import UserError
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the assistant says (transformers, chat templates)."""
+
+Span = tuple[int, int]
+
+
+class Encoded(NamedTuple):
+    """A row for training, and its number of tokens before it was cut."""
+
+    row: TokenizedRow
+    length: int
+
+
+class Encoder:
+    """Encodes examples for one model. Rows longer than `max_length` tokens lose their end.
+
+    labels: in the order of the class ids (Classification). vocabulary_size: that of the model, if known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        labels: Sequence[str] = (),
+        vocabulary_size: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.truncation_side = "right"
+        self._max_length = max_length
+        self._class_ids = {label: number for number, label in enumerate(labels)}
+        self._vocabulary_size = vocabulary_size
+        self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        self._marked = bool(self._template and GENERATION_MARK.search(self._template))
+        self._prefix = special_prefix(tokenizer)
+        joined = self._encode_turns if self._template else self._encode_joined
+        self._encoders: dict[type, Callable[[Any], list[Encoded | InvalidRowError]]] = {
+            LabelledText: self._encode_labelled,
+            PlainText: self._encode_plain,
+            PromptCompletion: joined,
+            Conversation: self._encode_turns,
+        }
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | InvalidRowError]:
+        """One result per example, in their order; an InvalidRowError is returned where nothing can be learned.
+
+        Raises UserError (ModelInvalid) if the tokenizer does not fit the model or the examples.
+        """
+        places: dict[type, list[int]] = defaultdict(list)
+        for place, example in enumerate(examples):
+            places[type(example)].append(place)
+        results: dict[int, Encoded | InvalidRowError] = {}
+        for kind, chosen in places.items():
+            results.update(zip(chosen, self._encoders[kind]([examples[i] for i in chosen]), strict=True))
+        return [results[place] for place in range(len(examples))]
+
+    def _encode_labelled(self, examples: list[LabelledText]) -> list[Encoded | InvalidRowError]:
+        texts = [example.text for example in examples]
+        whole = self._ids(texts, add_special_tokens=True)
+        long = [place for place, ids in enumerate(whole) if len(ids) > self._max_length]
+        shortened = dict(
+            zip(long, self._ids([texts[i] for i in long], add_special_tokens=True, cut=True), strict=True)
+            if long
+            else ()
+        )
+        specials = self._tokenizer.num_special_tokens_to_add(pair=False)
+        results: list[Encoded | InvalidRowError] = []
+        for place, (example, ids) in enumerate(zip(examples, whole, strict=True)):
+            if len(ids) <= specials:
+                results.append(InvalidRowError("text has no tokens", "the tokenizer drops all its characters"))
+                continue
+            kept = shortened.get(place, ids)
+            self._check_ids(kept)
+            row = TokenizedRow(kept, label=self._class_ids[example.label], truncated=place in shortened)
+            results.append(Encoded(row, len(ids)))
+        return results
+
+    def _encode_plain(self, examples: list[PlainText]) -> list[Encoded | InvalidRowError]:
+        encoded = self._ids([example.text for example in examples])
+        rows = [[*self._prefix, *ids, self._tokenizer.eos_token_id] for ids in encoded]
+        return [self._row(ids, [True] * len(ids)) for ids in rows]
+
+    def _encode_joined(self, examples: list[PromptCompletion]) -> list[Encoded | InvalidRowError]:
+        """Prompt + completion + end of text. The prompt's tokens are those that the prompt alone has, as it will be
+        when the model is used: where joining would change them, the completion is encoded by itself.
+        """
+        prompts = self._ids([example.prompt for example in examples])
+        wholes = self._ids([example.prompt + example.completion for example in examples])
+        results = []
+        for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
+            if whole[: len(prompt)] == prompt:
+                completion = whole[len(prompt) :]
+            else:
+                (completion,) = self._ids([example.completion])
+            start = self._prefix + prompt
+            ids = [*start, *completion, self._tokenizer.eos_token_id]
+            results.append(self._row(ids, [False] * len(start) + [True] * (len(ids) - len(start))))
+        return results
+
+    def _encode_turns(self, examples: list[Conversation | PromptCompletion]) -> list[Encoded | InvalidRowError]:
+        rendered = [self._render_answers(_turns(example)) for example in examples]
+        texts = [item[0] for item in rendered if not isinstance(item, InvalidRowError)]
+        if not self._tokenizer.is_fast:
+            raise UserError(
+                Reason.MODEL_INVALID,
+                "model.uri: its tokenizer has no tokenizer.json, which is needed to find the answers in a chat",
+            )
+        batch = self._tokenizer(texts, add_special_tokens=False, verbose=False) if texts else None
+        results: list[Encoded | InvalidRowError] = []
+        number = 0
+        for item in rendered:
+            if isinstance(item, InvalidRowError) or batch is None:
+                results.append(item)  # type: ignore[arg-type]  # without a batch all are errors
+                continue
+            offsets = np.array(batch.encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
+            mask = np.zeros(len(offsets), dtype=np.bool_)
+            for start, end in item[1]:
+                mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+            results.append(self._row(batch["input_ids"][number], mask.tolist()))
+            number += 1
+        return results
+
+    def _render_answers(self, turns: Sequence[Turn]) -> tuple[str, list[Span]] | InvalidRowError:
+        """The conversation as text and where in it the assistant speaks, in characters."""
+        try:
+            if self._marked:
+                texts, spans = self._render(turns, mark_answers=True)
+                return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+            return self._answers_by_prefix(turns)
+        except InvalidRowError as error:
+            return error
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
+            return InvalidRowError(
+                "chat template refuses the row", f"the model knows no such order of roles: {_roles(turns)}"
+            )
+
+    def _answers_by_prefix(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+        """Each answer is what the text grows by when it is added to the turns before it."""
+        (text,) = self._render(turns)
+        spans = []
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            if number == 0:
+                raise InvalidRowError("messages begin with the assistant", "there is nothing that it answers")
+            (before,) = self._render(turns[:number], add_generation_prompt=True)
+            (after,) = self._render(turns[: number + 1])
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise InvalidRowError(
+                    "chat template hides the answers",
+                    "it writes earlier turns differently when others follow; mark the answers in the template "
+                    "with {% generation %}",
+                )
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def _render(self, turns: Sequence[Turn], mark_answers: bool = False, add_generation_prompt: bool = False) -> Any:
+        if self._template is None:
+            raise UserError(
+                Reason.MODEL_INVALID,
+                "model.uri: its tokenizer has no chat template, which format Messages needs: use a model that is "
+                "made for chat, or data in format PromptCompletion",
+            )
+        texts, spans = render_jinja_template(
+            conversations=[[turn._asdict() for turn in turns]],
+            chat_template=self._template,
+            return_assistant_tokens_mask=mark_answers,
+            add_generation_prompt=add_generation_prompt,
+            **self._tokenizer.special_tokens_map,
+        )
+        return (texts, spans) if mark_answers else texts
+
+    def _ids(self, texts: list[str], add_special_tokens: bool = False, cut: bool = False) -> list[list[int]]:
+        limits = {"truncation": True, "max_length": self._max_length} if cut else {}
+        batch = self._tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **limits,
+        )
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
+    def _row(self, ids: list[int], mask: list[bool]) -> Encoded | InvalidRowError:
+        """Cuts the row. The first token is predicted by none, so it is never supervised."""
+        kept, supervised = ids[: self._max_length], [False, *mask[1 : self._max_length]]
+        if not any(supervised):
+            cause = f"its prompt alone fills the {self._max_length} tokens" if any(mask[1:]) else "it has no answer"
+            return InvalidRowError("nothing left to learn", cause)
+        self._check_ids(kept)
+        return Encoded(TokenizedRow(kept, loss_mask=supervised, truncated=len(kept) < len(ids)), len(ids))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self._vocabulary_size is not None and max(ids) >= self._vocabulary_size:
+            raise UserError(
+                Reason.MODEL_INVALID,
+                f"model.uri: its tokenizer gives token {max(ids)}, but the model knows only {self._vocabulary_size}",
+            )
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself: most often nothing or the beginning-of-text token."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def _turns(example: Conversation | PromptCompletion) -> Sequence[Turn]:
+    if isinstance(example, Conversation):
+        return example.turns
+    return Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip())
+
+
+def _roles(turns: Sequence[Turn], most: int = 8) -> str:
+    return ", ".join(turn.role for turn in turns[:most]) + (", …" if len(turns) > most else "")

@@ -1,0 +1,204 @@
+"""The stage `prepare`: fetches data and model, judges every row, and writes what training memory-maps.
+
+The data is judged before the model is fetched: a mistake in it should not wait for a large download.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from finetune_api.constants import Stage
+from finetune_api.plan import Plan
+from finetune_api.progress import Outcome, PrepareResult, Result
+from finetune_api.report import DATA_REPORT, QUARANTINE
+from finetune_api.spec import Task
+from finetune_api.status import DataStatus, ModelStatus
+
+from finetune_trainer.data.convert import InvalidRowError, LabelledText
+from finetune_trainer.data.labels import resolve_labels
+from finetune_trainer.data.pipeline import PlacedRow, batch_rows, open_sources, place_rows, survey_rows
+from finetune_trainer.data.quarantine import Quarantine
+from finetune_trainer.data.read import Rejection
+from finetune_trainer.data.report import Findings
+from finetune_trainer.data.split import Split, check_splits
+from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
+from finetune_trainer.errors import UserError
+from finetune_trainer.fetch import remove_folder
+from finetune_trainer.fetch_model import fetch_model
+from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.telemetry.watch import Watch
+from finetune_trainer.workspace import Workspace, new_folder, write_file
+
+if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of before
+    from finetune_trainer.data.tokenize import Encoder
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADS = ".data-download"
+HASHED_BYTES = 8 << 20
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*chat_template*", "*.model", "*.tiktoken", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the stage. `findings` grows from step to step."""
+
+    plan: Plan
+    workspace: Workspace
+    telemetry: Telemetry
+    quarantine: Quarantine
+    findings: Findings
+
+    def watch(self, activity: str, start: float, end: float) -> Watch:
+        return Watch(self.telemetry, activity, start, end)
+
+    def judge(self) -> None:
+        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has no rows left."""
+        dataset, survey = self.plan.dataset, self.findings.survey
+        self.quarantine.check(survey.rows_read, dataset.max_rejected)
+        check_splits(survey.rows, dataset)
+        if self.plan.task is Task.CLASSIFICATION:
+            self.findings.labels = resolve_labels(survey.labels, self.findings.labels or dataset.labels)
+
+    def write_report(self) -> DataStatus:
+        """Writes report/data.json and returns its summary."""
+        report = self.findings.report(self.quarantine)
+        write_file(self.workspace.report / DATA_REPORT, report.to_json(indent=2))
+        return report.summary
+
+
+def run(plan: Plan, telemetry: Telemetry) -> Result:
+    """Prepares the workspace. Raises UserError, StageError (network) and Interrupted; can be run again at any time."""
+    workspace = Workspace(Path(plan.workspace))
+    downloads = workspace.root / DOWNLOADS
+    remove_folder(downloads)
+    try:
+        with Quarantine(workspace.report / QUARANTINE) as quarantine:
+            this = Run(plan, workspace, telemetry, quarantine, Findings(max_length=plan.training.max_length))
+            try:
+                read_data(this, downloads)
+                encoder, model = fetch_foundation(this)
+                write_data(this, encoder)
+            except UserError:
+                this.write_report()
+                raise
+            summary = this.write_report()
+    finally:
+        remove_folder(downloads)
+    prepared = PrepareResult(data=summary, model=model)
+    return Result(stage=Stage.PREPARE, outcome=Outcome.SUCCEEDED, prepare=prepared)
+
+
+def read_data(this: Run, downloads: Path) -> None:
+    """Fetches the sources and judges every row: bad data ends here."""
+    dataset, findings = this.plan.dataset, this.findings
+    sources = open_sources(dataset, this.plan.task, downloads, this.watch("Fetching data", 0, 0.1))
+    watch = this.watch("Reading data", 0.1, 0.2)
+    findings.hashes = {file: _file_hash(file.path, watch) for opened in sources for file in opened.files}
+    findings.sources = sources
+    survey_rows(sources, dataset, this.quarantine, findings.survey, watch)
+    splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
+    logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
+    this.judge()
+
+
+def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
+    """Puts the model into the workspace, checks that it fits the task, and opens its tokenizer."""
+    plan, workspace, findings = this.plan, this.workspace, this.findings
+    watch = this.watch("Fetching the model", 0.2, 0.5)
+    revision = fetch_model(plan.model, workspace, watch)
+
+    from finetune_trainer.data.tokenize import Encoder
+    from finetune_trainer.model import facts
+    from finetune_trainer.model.load import load_tokenizer
+
+    config = facts.load_config(workspace.model, plan.model.trust_remote_code)
+    facts.check_task(config, plan.task)
+    model = findings.model = facts.read_facts(workspace.model, config, revision)
+    watch.check()
+    tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
+    facts.check_tokenizer(tokenizer, plan.task)
+    limit = facts.context_length(config, tokenizer)
+    findings.max_length = min(plan.training.max_length, limit or plan.training.max_length)
+    logger.info("%s with %d parameters", model.architecture, model.parameters)
+    return Encoder(tokenizer, findings.max_length, findings.labels or (), model.vocabulary_size), model
+
+
+def write_data(this: Run, encoder: "Encoder") -> None:
+    """Tokenizes the rows into data/, whole or not at all."""
+    plan, findings = this.plan, this.findings
+    names = [split for split in Split if split is not Split.TEST or plan.dataset.test]
+    labels: dict[str, Counter[str]] = {split: Counter() for split in names}
+    digest = _settings_hash(this)
+    with new_folder(this.workspace.data) as folder:
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(SplitWriter(folder / name, plan.task)) for name in names}
+            for row, tokens, length in _encoded_rows(this, encoder):
+                writers[row.split].write(tokens)
+                _hash_row(digest, row.split, tokens)
+                if row.split is Split.TRAIN:
+                    findings.lengths.add(length)
+                if isinstance(row.example, LabelledText):
+                    labels[row.split][row.example.label] += 1
+        splits = {str(name): writer.manifest for name, writer in writers.items()}
+        findings.survey.labels = labels
+        findings.survey.rows = Counter({name: split.rows for name, split in splits.items()})
+        this.judge()
+        findings.manifest = DataManifest(
+            task=plan.task,
+            labels=findings.labels,
+            max_length=findings.max_length,
+            fingerprint=digest.hexdigest(),
+            splits=splits,
+        )
+        write_manifest(folder, findings.manifest)
+    train = splits[Split.TRAIN]
+    logger.info("%d training rows with %d tokens, %d rows were cut", train.rows, train.tokens, train.truncated_rows)
+
+
+def _encoded_rows(this: Run, encoder: "Encoder") -> Iterator[tuple[PlacedRow, TokenizedRow, int]]:
+    """(Row, its tokens, their number before the cut) of all rows that can be learned from, in their order."""
+    placed = place_rows(this.findings.sources, this.plan.dataset)
+    rows = (row for row in placed if isinstance(row, PlacedRow))
+    watch = this.watch("Tokenizing", 0.5, 1)
+    total, done = this.findings.survey.rows.total(), 0
+    for batch in batch_rows(rows):
+        for row, result in zip(batch, encoder.encode([row.example for row in batch]), strict=True):
+            if isinstance(result, InvalidRowError):
+                this.quarantine.add(row.file, Rejection(row.line, result.reason, result.detail))
+            else:
+                yield row, result.row, result.length
+        done += len(batch)
+        watch.advance(done, total)
+
+
+def _settings_hash(this: Run) -> "hashlib._Hash":
+    """A hash over what turns rows into tokens: the task, the labels, the longest row, the tokenizer's files."""
+    settings = [this.plan.task.value, this.findings.labels, this.findings.max_length]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    paths = {path for pattern in TOKENIZER_FILES for path in this.workspace.model.glob(pattern) if path.is_file()}
+    for path in sorted(paths):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest
+
+
+def _hash_row(digest: "hashlib._Hash", split: Split, row: TokenizedRow) -> None:
+    ids = np.asarray(row.input_ids, dtype="<i4").tobytes()
+    target = str(row.label).encode() if row.loss_mask is None else np.packbits(row.loss_mask).tobytes()
+    digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)
+
+
+def _file_hash(path: Path, watch: Watch) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASHED_BYTES):
+            watch.check()
+            digest.update(chunk)
+    return digest.hexdigest()

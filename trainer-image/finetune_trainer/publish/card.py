@@ -1,0 +1,225 @@
+"""README.md: the model card, made from the plan and the reports. It quotes no row of the dataset."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from finetune_api.plan import Plan
+from finetune_api.report import DataReport, Evaluation, EvaluationReport
+from finetune_api.spec import MethodType, Metric, OutputFormat, Task
+from finetune_api.status import ModelStatus, decimal
+from huggingface_hub import ModelCardData
+
+from finetune_trainer.publish.export import CONFIG_FOLDER, foundation_name
+from finetune_trainer.publish.sums import SUMS
+
+HUB_METRICS = {
+    Metric.ACCURACY: "accuracy",
+    Metric.MACRO_F1: "f1",
+    Metric.WEIGHTED_F1: "f1",
+    Metric.PERPLEXITY: "perplexity",
+}
+"""Names that the Hugging Face hub knows; it has none for the loss."""
+
+PACKAGES = ("finetune-operator", "torch", "transformers", "peft", "tokenizers", "safetensors")
+MAX_CONFUSION = 32
+"""Classes up to which the card shows the confusion matrix; evaluation.json always has it."""
+
+TEXT_CLASSIFICATION, TEXT_GENERATION = "text-classification", "text-generation"
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make the weights."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def model_card(
+    plan: Plan,
+    data: DataReport,
+    evaluation: EvaluationReport,
+    *,
+    model: ModelStatus,
+    best_step: int,
+    versions: dict[str, str],
+) -> str:
+    """The card as Markdown with Hugging Face's metadata; the same input gives the same text.
+
+    `model` is the foundation model.
+    """
+    sections = [
+        f"# {plan.job.name}",
+        _summary(plan, model),
+        "## How to load it",
+        _loading(plan, model.revision),
+        f"`sha256sum -c {SUMS}` tells whether all files are here and unharmed.",
+        "## Scores",
+        *_scores(evaluation),
+        "## Data",
+        *_data(data),
+        "## Training",
+        _table(("Setting", "Value"), _settings(plan, data, best_step)),
+        "## Software",
+        _table(("Package", "Version"), versions.items()),
+    ]
+    return f"---\n{_metadata(plan)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _metadata(plan: Plan) -> str:
+    on_hub = plan.model.location.uri.startswith("hf://")
+    adapter = plan.output.format is OutputFormat.ADAPTER
+    card = ModelCardData(
+        base_model=foundation_name(plan) if on_hub else None,  # the hub refuses what is not one of its models
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=TEXT_CLASSIFICATION if plan.task is Task.CLASSIFICATION else TEXT_GENERATION,
+        metrics=list(dict.fromkeys(HUB_METRICS[metric] for metric in plan.evaluation.metrics if metric in HUB_METRICS)),
+        tags=["finetune-operator", *(["lora"] if plan.method is MethodType.LORA else [])],
+    )
+    return str(card.to_yaml()).strip()
+
+
+def _summary(plan: Plan, model: ModelStatus) -> str:
+    what = "An adapter for" if plan.output.format is OutputFormat.ADAPTER else "A complete model, tuned from"
+    revision = f" at revision {_code(model.revision)}" if model.revision else ""
+    task = "text classification" if plan.task is Task.CLASSIFICATION else "text generation"
+    return (
+        f"{what} {_code(foundation_name(plan))}{revision} ({model.architecture}, {model.parameters:,} "
+        f"parameters), for {task}. Tuned with {_method(plan)} by the FineTuneJob {_code(plan.job.namespace)}/"
+        f"{_code(plan.job.name)}."
+    )
+
+
+def _loading(plan: Plan, revision: str | None) -> str:
+    adapter = plan.output.format is OutputFormat.ADAPTER
+    trusted = ", trust_remote_code=True" if plan.model.trust_remote_code else ""
+    kind = "AutoModelForSequenceClassification" if plan.task is Task.CLASSIFICATION else "AutoModelForCausalLM"
+    lines = ['folder = "path/to/this/folder"']
+    if adapter:
+        on_hub = plan.model.location.uri.startswith("hf://")
+        foundation = foundation_name(plan) if on_hub else "path/to/the/foundation/model"
+        options = f', revision="{revision}"' if on_hub and revision else ""
+        config = "AutoConfig, " if plan.task is Task.CLASSIFICATION else ""
+        lines = ["from peft import PeftModel", f"from transformers import {config}{kind}, AutoTokenizer", "", *lines]
+        if plan.task is Task.CLASSIFICATION:
+            lines.append(f'config = AutoConfig.from_pretrained(folder, subfolder="{CONFIG_FOLDER}"{trusted})')
+            options += ", config=config"
+        lines += [
+            f'foundation = {kind}.from_pretrained("{foundation}"{options}{trusted})',
+            "model = PeftModel.from_pretrained(foundation, folder).eval()",
+        ]
+    else:
+        lines = [f"from transformers import {kind}, AutoTokenizer", "", *lines]
+        lines.append(f"model = {kind}.from_pretrained(folder{trusted}).eval()")
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})")
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```"
+
+
+def _scores(evaluation: EvaluationReport) -> list[str]:
+    tuned, baseline = evaluation.tuned, evaluation.baseline
+    rows = [(name, decimal(value), decimal(baseline.metrics.get(name)) or "–") for name, value in tuned.metrics.items()]
+    parts = [
+        f"On the {evaluation.split} split ({evaluation.rows:,} rows).",
+        _table(("Metric", "Tuned", f"Baseline ({baseline.name})"), rows),
+    ]
+    if tuned.classes:
+        classes = (
+            (c.label, decimal(c.precision), decimal(c.recall), decimal(c.f1), f"{c.support:,}") for c in tuned.classes
+        )
+        parts.append(_table(("Class", "Precision", "Recall", "F1", "Rows"), classes))
+        parts.append(_confusion(tuned))
+    if evaluation.gate is not None:
+        outcome = "passed" if evaluation.gate.passed else "not passed"
+        parts.append(f"Gate {outcome}: {_text(evaluation.gate.message)}")
+    return [part for part in parts if part]
+
+
+def _confusion(tuned: Evaluation) -> str:
+    if not tuned.classes or not tuned.confusion:
+        return ""
+    if len(tuned.classes) > MAX_CONFUSION:
+        return f"The confusion matrix of the {len(tuned.classes)} classes is in `evaluation.json`."
+    labels = [scores.label for scores in tuned.classes]
+    rows = ((label, *counts) for label, counts in zip(labels, tuned.confusion, strict=True))
+    return "Confusion matrix (rows: true class, columns: predicted class):\n\n" + _table(("", *labels), rows)
+
+
+def _data(data: DataReport) -> list[str]:
+    summary = data.summary
+    splits = {"train": summary.train_rows, "validation": summary.validation_rows, "test": summary.test_rows}
+    sources = (
+        (s.field, _code(s.uri), s.format, f"{s.rows_read:,}", f"{s.rows_rejected:,}", _code(s.sha256))
+        for s in data.sources
+    )
+    parts = [
+        f"Fingerprint of the rows, the tokenizer and the settings: {_code(summary.fingerprint)}. "
+        f"{summary.rows_read:,} rows read, {summary.rows_kept:,} kept, {summary.rows_rejected:,} rejected; "
+        f"{summary.tokens:,} training tokens; {summary.truncated_rows:,} rows cut at {summary.max_length:,} tokens.",
+        _table(("Source", "URI", "Format", "Rows", "Rejected", "SHA-256"), sources),
+        _table(("Split", "Rows"), ((split, f"{rows:,}") for split, rows in splits.items() if rows)),
+    ]
+    if data.labels:
+        labels = list(dict.fromkeys(label for counts in data.labels.values() for label in counts))
+        rows = ((label, *(f"{counts.get(label, 0):,}" for counts in data.labels.values())) for label in labels)
+        parts.append(_table(("Label", *data.labels), rows))
+    if data.rejections:
+        parts.append(_table(("Rejected because", "Rows"), sorted(data.rejections.items())))
+    return parts
+
+
+def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, Any]]:
+    training = plan.training
+    batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
+    targets = plan.lora and (", ".join(plan.lora.target_modules or ()) or "all linear layers of the transformer blocks")
+    settings = {
+        "method": _method(plan),
+        "LoRA dropout": plan.lora and plan.lora.dropout,
+        "LoRA target modules": targets,
+        "epochs": training.epochs,
+        "maximum steps": training.max_steps,
+        "published step": best_step,
+        "learning rate": training.learning_rate,
+        "schedule": training.schedule.value,
+        "warm-up ratio": training.warmup_ratio,
+        "batch size": batch,
+        "micro-batch tokens": training.micro_batch_tokens,
+        "longest row in tokens": data.summary.max_length,
+        "precision": training.precision and training.precision.value,
+        "weight decay": training.weight_decay,
+        "gradient clipping norm": training.max_grad_norm,
+        "steps between evaluations": training.evaluation_steps,
+        "seed": training.seed,
+        "GPUs": plan.device.gpus * plan.device.nodes,
+    }
+    return [(name, value) for name, value in settings.items() if value is not None]
+
+
+def _method(plan: Plan) -> str:
+    lora = plan.lora
+    return plan.method.value if lora is None else f"{plan.method.value} (rank {lora.rank}, alpha {lora.alpha})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+class _Markdown(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, _Markdown) else _text(str(value))
+
+
+def _text(text: str) -> str:
+    """Foreign text (a label, a message) as one line that Markdown shows as it is."""
+    line = " ".join(text.split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#~" else c for c in line)
+
+
+def _code(text: str) -> _Markdown:
+    """A name in code style; a `|` would end the cell of a table and a backtick the code."""
+    return _Markdown("`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`")

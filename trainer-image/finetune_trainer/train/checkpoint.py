@@ -1,0 +1,244 @@
+"""Checkpoints: written whole or not at all, proven by hashes before they are trusted.
+
+    checkpoints/step-00000100/   weights.safetensors  training.pt  state.json  manifest.json
+    checkpoints/best/            weights.safetensors  best.json
+
+A step folder holds everything that the next step depends on. The manifest is written last.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from finetune_api.base import Document
+from finetune_api.constants import Reason
+from finetune_api.plan import Plan
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.load import load_trainable_state, trainable_state
+from finetune_trainer.workspace import new_folder
+
+logger = logging.getLogger(__name__)
+
+KEEP = 2
+"""Newest step folders that are kept: the one before the last is there if the last turns out broken."""
+
+WEIGHTS, TRAINING, STATE, MANIFEST, BEST = (
+    "weights.safetensors",
+    "training.pt",
+    "state.json",
+    "manifest.json",
+    "best.json",
+)
+
+
+class RunIdentity(Document):
+    """What must be the same for a checkpoint to be gone on from."""
+
+    fingerprint: str
+    """Of the prepared data."""
+    settings: dict[str, Any]
+    """Settings by their path in the spec."""
+
+
+class RunState(Document):
+    """Where a run stands after `step` optimizer steps: the batch cursor, and what has been added up."""
+
+    step: int = 0
+    evaluated_step: int = 0
+    """Step of the last evaluation that was finished."""
+    training_loss: float | None = None
+    """Mean over the steps between the last two evaluations."""
+    evaluation_loss: float | None = None
+    loss_sum: float = 0.0
+    """Of the targets since the last evaluation."""
+    loss_targets: int = 0
+    tokens: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    """Spent in optimizer steps, over all attempts."""
+
+
+class Best(Document):
+    step: int
+    score: float
+
+
+class _File(Document):
+    size: int
+    sha256: str
+
+
+class _Manifest(Document):
+    identity: RunIdentity
+    files: dict[str, _File]
+
+
+def identify(plan: Plan, fingerprint: str) -> RunIdentity:
+    """The identity of a run: every setting that its weights or its choice of the best checkpoint depend on.
+
+    The size of a micro-batch is none of them (the loss does not depend on it), nor is the device.
+    """
+    spec = plan.to_dict()
+    free = {"checkpointSteps", "microBatchTokens", "precision"}
+    settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
+    settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
+    settings |= {
+        "task": spec["task"],
+        "model.uri": spec["model"]["location"]["uri"],
+        "model.revision": spec["model"].get("revision"),
+        "method.type": spec["method"],
+        "evaluation.metrics": spec["evaluation"]["metrics"],
+    }
+    return RunIdentity(fingerprint=fingerprint, settings=settings)
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`."""
+
+    def __init__(self, folder: Path, identity: RunIdentity) -> None:
+        self.folder = folder
+        self.best_folder = folder / "best"
+        self._identity = identity
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+        """Saves the step, then drops all but the newest `KEEP`: a full disk costs no older checkpoint."""
+        with new_folder(self._path(state.step)) as folder:
+            _save_weights(model, folder)
+            torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_states()}, folder / TRAINING)
+            (folder / STATE).write_text(state.to_json(), encoding="utf-8")
+            files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+            manifest = _Manifest(identity=self._identity, files=files)
+            (folder / MANIFEST).write_text(manifest.to_json(indent=2), encoding="utf-8")
+        for old in self._steps()[:-KEEP]:
+            shutil.rmtree(old)
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; broken ones and leftovers of a kill are removed on the way.
+
+        Without one, the best weights are of no known run and go too.
+        Raises UserError if it is from a run with other data or settings.
+        """
+        self._clean_up()
+        for path in reversed(self._steps()):
+            problem, manifest = _verify(path)
+            if manifest is None:
+                logger.warning("Checkpoint %s is broken (%s): going back to the one before", path.name, problem)
+                shutil.rmtree(path)
+                continue
+            self._check_identity(path, manifest.identity)
+            return path
+        shutil.rmtree(self.best_folder, ignore_errors=True)
+        return None
+
+    def load(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+        """Puts model, optimizer and all random generators back to where they were; raises StageError if it cannot."""
+        load_trainable_state(model, path / WEIGHTS)
+        training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(training["optimizer"])
+        _set_rng_states(training["rng"])
+        return RunState.model_validate_json((path / STATE).read_bytes())
+
+    def save_best(self, model: torch.nn.Module, best: Best) -> None:
+        with new_folder(self.best_folder) as folder:
+            _save_weights(model, folder)
+            (folder / BEST).write_text(best.to_json(), encoding="utf-8")
+
+    def best(self) -> Best | None:
+        return _read_best(self.best_folder)
+
+    def load_best(self, model: torch.nn.Module) -> None:
+        load_trainable_state(model, self.best_folder / WEIGHTS)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _clean_up(self) -> None:
+        """A kill in `new_folder` leaves temporary folders; one between its two renames leaves `best` as one."""
+        if not self.best_folder.exists():
+            whole = [(best.step, path) for path in self.folder.glob(".best.*") if (best := _read_best(path))]
+            if whole:
+                min(whole)[1].rename(self.best_folder)  # the older one was surely synced
+        for path in self.folder.glob(".*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def _check_identity(self, path: Path, found: RunIdentity) -> None:
+        changes = [
+            f"{name} was {found.settings.get(name)} and is now {self._identity.settings.get(name)}"
+            for name in sorted({*found.settings, *self._identity.settings})
+            if found.settings.get(name) != self._identity.settings.get(name)
+        ]
+        if found.fingerprint != self._identity.fingerprint:
+            changes.append("the prepared data is not the same")
+        if changes:
+            raise UserError(
+                Reason.INVALID_SPEC,
+                f"checkpoint {path.name} in the workspace is from another run: {'; '.join(changes)}. "
+                "Use a new workspace, or delete its folder 'checkpoints' to train from the start",
+            )
+
+
+def _save_weights(model: torch.nn.Module, folder: Path) -> None:
+    weights = {name: weight.to("cpu").contiguous() for name, weight in trainable_state(model).items()}
+    save_file(weights, folder / WEIGHTS)
+
+
+def _describe(path: Path) -> _File:
+    with path.open("rb") as file:
+        return _File(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _verify(path: Path) -> tuple[str, _Manifest | None]:
+    """What is wrong with a step folder, or its manifest if nothing is."""
+    try:
+        manifest = _Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        for name, expected in manifest.files.items():
+            if _describe(path / name) != expected:
+                return f"{name} is damaged", None
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}", None
+    except ValidationError:
+        return f"{MANIFEST} is damaged", None
+    return "", manifest
+
+
+def _read_best(folder: Path) -> Best | None:
+    try:
+        return Best.model_validate_json((folder / BEST).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _rng_states() -> dict[str, Any]:
+    """All of them, in types that `torch.load` reads without unpickling code."""
+    numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    inner = dict(numpy_state["state"])
+    inner["key"] = inner["key"].tolist()
+    return {
+        "python": random.getstate(),
+        "numpy": json.dumps({**numpy_state, "state": inner}),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_rng_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    numpy_state = json.loads(states["numpy"])
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])

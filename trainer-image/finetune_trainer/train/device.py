@@ -1,0 +1,75 @@
+"""The device that the pod got, and what it can do."""
+
+import logging
+import resource
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from finetune_api.constants import Reason
+from finetune_api.plan import PlanDevice
+from finetune_api.spec import Precision
+
+from finetune_trainer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    torch_device: torch.device
+    precision: Precision
+    name: str
+    """For people: 'NVIDIA H100 80GB HBM3' or 'cpu'."""
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Computes in bf16 if that is the precision; weights that require grad stay fp32."""
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
+
+    def peak_memory(self) -> int:
+        """Bytes: allocated on the accelerator, or resident on CPU; the most since the process began."""
+        if self.torch_device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.torch_device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def choose_device(wanted: PlanDevice, precision: Precision | None) -> Device:
+    """Raises UserError (AcceleratorMissing) if a GPU was asked for and is not there: never CPU in silence."""
+    if wanted.gpus > 0 and not torch.cuda.is_available():
+        if not wanted.allow_cpu_fallback:
+            raise UserError(Reason.ACCELERATOR_MISSING, _missing(wanted.gpus))
+        logger.warning("resources.gpus is %d, but no CUDA device was found: training on CPU", wanted.gpus)
+    if wanted.gpus > 0 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, name = torch.device("cuda", 0), torch.cuda.get_device_name(0)
+    else:
+        has_bf16, device, name = False, torch.device("cpu"), "cpu"
+    return Device(device, precision or (Precision.BF16 if has_bf16 else Precision.FP32), name)
+
+
+def _missing(gpus: int) -> str:
+    build = torch.version.cuda
+    found = (
+        "torch finds no CUDA device in this pod (does the node have a CUDA driver that is recent enough?)"
+        if build
+        else "the trainer image holds a torch built for CPU only"
+    )
+    return f"resources.gpus asks for {gpus} GPU, but {found}; set resources.allowCpuFallback: true to train on CPU"
+
+
+def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
+    """With bf16, keeps the frozen weights of linear layers in bf16.
+
+    Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
+    The output layer stays as it is: it may share its weights with the embeddings.
+    """
+    if precision is not Precision.BF16:
+        return
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        frozen = not any(weight.requires_grad for weight in module.parameters())
+        if isinstance(module, torch.nn.Linear) and module is not output and frozen:
+            module.to(torch.bfloat16)

@@ -1,0 +1,243 @@
+"""The training loop: from a state after some optimizer step to the state after the last one.
+
+Nothing here depends on when it was interrupted: rows, learning rate and dropout of a step follow from its number.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from finetune_api.constants import Reason
+from finetune_api.plan import Plan
+from finetune_api.spec import Metric, Task
+
+from finetune_trainer.data.store import Rows
+from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.evaluate.metrics import better
+from finetune_trainer.evaluate.predict import Evaluator
+from finetune_trainer.model.adapters import training_mode
+from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train.batches import BatchPlan, MicroBatch, collate, micro_batches
+from finetune_trainer.train.checkpoint import Best, Checkpoints, RunState
+from finetune_trainer.train.device import Device
+from finetune_trainer.train.loss import predict
+from finetune_trainer.train.reporting import Interval, Pace, Reporter
+from finetune_trainer.train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """One run. `state` is where it stands; it changes as `run` goes on."""
+
+    plan: Plan
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: BatchPlan
+    train: Rows
+    validation: Rows
+    evaluator: Evaluator
+    device: Device
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    reporter: Reporter
+    state: RunState
+    _saved: RunState | None = field(init=False)
+    _interval: Interval = field(init=False)
+    _pace: Pace = field(init=False)
+    _bad_step: torch.Tensor = field(init=False)
+    """First step with a loss or gradient that is not finite, or -1; on the device."""
+
+    def __post_init__(self) -> None:
+        self._saved = self.state if self.state.step else None
+        self._interval = self._new_interval()
+        every, total = self.plan.training.evaluation_steps or self.batches.total_steps, self.batches.total_steps
+        self._pace = Pace(evaluations=math.ceil(total / every) - self.state.step // every)
+        self._bad_step = torch.full((), -1, device=self.device.torch_device)
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self._loss_since_evaluation = self._zero() + self.state.loss_sum
+        self._step_ended = time.monotonic()
+
+    def run(self) -> RunState:
+        """Trains, evaluates, keeps the best and saves until the last step is done.
+
+        Raises Interrupted after saving if that was asked for, and UserError (NonFiniteLoss).
+        """
+        while True:
+            step = self.state.step
+            if self._evaluates_at(step) and self.state.evaluated_step < step:
+                self._evaluate()
+            if self._saves_at(step) and self._saved != self.state:
+                self._save()
+            if step == self.batches.total_steps:
+                return self.state
+            self._stop_if_asked()
+            self._step()
+
+    def _step(self) -> None:
+        training, step = self.plan.training, self.state.step
+        rate = learning_rate(
+            step, self.batches.total_steps, training.learning_rate, training.warmup_ratio, training.schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        training_mode(self.model, self.plan.method)
+        micro = self._read(step)
+        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step])
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        bad = ~torch.isfinite(loss + norm) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, step + 1, self._bad_step)
+        self._count(loss, micro)
+        if self.reporter.due() or step + 1 == self.batches.total_steps:
+            self._check_finite()
+            self.reporter.steps(
+                self._interval,
+                step=step + 1,
+                epoch=self.batches.epoch(step + 1),
+                rate=rate,
+                remaining=self._pace.remaining(self.batches.total_steps - step - 1),
+                peak_memory=self.device.peak_memory(),
+            )
+            self._interval = self._new_interval()
+
+    def _read(self, step: int) -> list[MicroBatch]:
+        groups = micro_batches(self.batches.rows(step), self.train.lengths, self.evaluator.micro_batch_tokens)
+        return [collate(self.train, rows, self.evaluator.pad_token_id, self.plan.task) for rows in groups]
+
+    def _count(self, loss: torch.Tensor, micro: list[MicroBatch]) -> None:
+        now = time.monotonic()
+        # from step to step: what an accelerator is still busy with counts where it is waited for
+        seconds, self._step_ended = now - self._step_ended, now
+        targets, tokens, rows = (
+            sum(len(batch.targets) for batch in micro),
+            sum(batch.tokens for batch in micro),
+            sum(len(batch.rows) for batch in micro),
+        )
+        self._pace.step(seconds)
+        self._loss_since_evaluation += loss
+        interval = self._interval
+        interval.loss += loss
+        interval.targets += targets
+        interval.tokens += tokens
+        interval.rows += rows
+        interval.seconds += seconds
+        state = self.state
+        self.state = state.model_copy(
+            update={
+                "step": state.step + 1,
+                "loss_targets": state.loss_targets + targets,
+                "tokens": state.tokens + tokens,
+                "rows": state.rows + rows,
+                "seconds": state.seconds + seconds,
+            }
+        )
+
+    def _evaluate(self) -> None:
+        started = time.monotonic()
+        self._check_finite()
+        self.telemetry.update(activity="Evaluating")
+        result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._stop_if_asked())
+        step = self.state.step
+        if not np.isfinite(result.metrics[Metric.LOSS]):
+            raise self._non_finite("loss on validation", step)
+        metric = deciding_metric(self.plan)
+        best = self.checkpoints.best()
+        is_best = best is None or better(metric, result.metrics[metric], best.score)
+        if is_best:
+            self.checkpoints.save_best(self.model, Best(step=step, score=result.metrics[metric]))
+        self.reporter.evaluation(step, result.metrics, is_best)
+        self._step_ended = time.monotonic()
+        self._pace.evaluation(self._step_ended - started)
+        self.state = self.state.model_copy(
+            update={
+                "evaluated_step": step,
+                "evaluation_loss": result.metrics[Metric.LOSS],
+                "training_loss": float(self._loss_since_evaluation) / max(1, self.state.loss_targets),
+                "loss_targets": 0,
+            }
+        )
+        self._loss_since_evaluation = self._zero()
+
+    def _save(self) -> None:
+        self._check_finite()
+        self.telemetry.update(activity="Saving a checkpoint")
+        self.state = self.state.model_copy(update={"loss_sum": float(self._loss_since_evaluation)})
+        self.checkpoints.save(self.model, self.optimizer, self.state)
+        self._saved = self.state
+        self._step_ended = time.monotonic()
+        self.telemetry.update(activity="Training")
+
+    def _stop_if_asked(self) -> None:
+        if not self.telemetry.stop_requested.is_set():
+            return
+        if self.state.step and self._saved != self.state:
+            self._save()
+        step = self.state.step
+        raise Interrupted(f"stopped after step {step} of {self.batches.total_steps}, which is saved", step)
+
+    def _check_finite(self) -> None:
+        bad = int(self._bad_step)
+        if bad >= 0:
+            raise self._non_finite("training loss or its gradient", bad)
+
+    def _non_finite(self, what: str, step: int) -> UserError:
+        kept = f"the checkpoint of step {self._saved.step} is kept" if self._saved else "no checkpoint was saved before"
+        return UserError(
+            Reason.NON_FINITE_LOSS,
+            f"the {what} is not a finite number at step {step} of {self.batches.total_steps}: lower "
+            f"training.learningRate (it is {self.plan.training.learning_rate:g}) or look for broken rows; {kept}",
+        )
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.plan.training.evaluation_steps
+        return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.plan.training.checkpoint_steps
+        return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
+
+    def _new_interval(self) -> Interval:
+        return Interval(self._zero())
+
+
+def accumulate_gradients(
+    model: torch.nn.Module, micro: list[MicroBatch], device: Device, seed: list[int]
+) -> torch.Tensor:
+    """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
+
+    The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
+    i is drawn from (seed, i). The result is a float64 scalar on the device: nothing waits for it here.
+    """
+    targets = max(1, sum(len(batch.targets) for batch in micro))
+    total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
+    for number, batch in enumerate(micro):
+        torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
+        with device.autocast():
+            loss = predict(model, batch.to(device.torch_device)).losses().sum()
+        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+def deciding_metric(plan: Plan) -> Metric:
+    """The metric that chooses the best checkpoint: the first one asked for, for Generation the loss."""
+    return plan.evaluation.metrics[0] if plan.task is Task.CLASSIFICATION else Metric.LOSS
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on the trained weights; biases and norms (vectors) do not decay. The loop sets the learning rate."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if weight.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)

@@ -1,0 +1,268 @@
+"""The train stage: from the prepared workspace to the best checkpoint and the evidence about it."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from finetune_api.base import Document
+from finetune_api.constants import Reason, Stage
+from finetune_api.plan import Plan
+from finetune_api.progress import Outcome, Result, TrainResult
+from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
+from finetune_api.spec import BatchSize, Task
+from finetune_api.status import Score, decimal
+from pydantic import ValidationError
+
+from finetune_trainer.data.store import DataManifest, Rows, open_split, read_manifest
+from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.evaluate.baselines import UNTUNED, majority_class
+from finetune_trainer.evaluate.gate import judge
+from finetune_trainer.evaluate.predict import Evaluator
+from finetune_trainer.model.load import build_model, trainable_state
+from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train.batches import BatchPlan
+from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
+from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.loop import Loop, make_optimizer
+from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
+from finetune_trainer.workspace import Workspace, write_file
+
+logger = logging.getLogger(__name__)
+
+TRAINING_LOG = "training.jsonl"
+RESULT = "result.json"
+BASELINE = "baseline.json"
+
+D = TypeVar("D", bound=Document)
+
+
+def run(plan: Plan, telemetry: Telemetry) -> Result:
+    """Trains from the newest checkpoint on, evaluates the best one against the baseline and judges it.
+
+    A run that is already finished gives its result again. A gate that is not passed is a Failed result, after
+    all reports are written. Raises UserError and Interrupted.
+    """
+    workspace = Workspace(Path(plan.workspace))
+    manifest = read_manifest(workspace.data)
+    digest = hashlib.sha256(f"{manifest.fingerprint} {plan.to_json()}".encode()).hexdigest()
+    checkpoints = Checkpoints(workspace.checkpoints, identify(plan, manifest.fingerprint))
+    finished = _recall(workspace.checkpoints / RESULT, digest, Result)
+    if finished is not None and checkpoints.best() is not None:
+        logger.info("This run is already finished")
+        return finished
+    device = choose_device(plan.device, plan.training.precision)
+    result = _Run(
+        plan=plan,
+        telemetry=telemetry,
+        workspace=workspace,
+        manifest=manifest,
+        device=device,
+        checkpoints=checkpoints,
+        digest=digest,
+    ).result()
+    _remember(workspace.checkpoints / RESULT, digest, result)
+    return result
+
+
+class _Run:
+    """The parts of a run that belong together; `result` uses them in their order."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        telemetry: Telemetry,
+        workspace: Workspace,
+        manifest: DataManifest,
+        device: Device,
+        checkpoints: Checkpoints,
+        digest: str,
+    ) -> None:
+        self.plan, self.telemetry, self.workspace, self.manifest = plan, telemetry, workspace, manifest
+        self.device, self.checkpoints, self.digest = device, checkpoints, digest
+        self.train = _rows(workspace, manifest, "train")
+        self.validation = _rows(workspace, manifest, "validation")
+        has_test = "test" in manifest.splits and manifest.splits["test"].rows > 0
+        self.final_split = "test" if has_test else "validation"
+        self.final = _rows(workspace, manifest, "test") if has_test else self.validation
+        training = plan.training
+        size = BatchSize(sequences=training.batch_sequences, tokens=training.batch_tokens)
+        self.batches = BatchPlan(self.train.lengths, size, training.seed, training.epochs, training.max_steps)
+
+    def result(self) -> Result:
+        newest = self.checkpoints.newest()
+        model, evaluator = self._prepare_model()
+        untuned = self._untuned_baseline(model, evaluator) if self.plan.task is Task.GENERATION else None
+        state = self._train(model, evaluator, newest)
+        self.checkpoints.load_best(model)
+        tuned = evaluator("tuned", model, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
+        return self._conclude(state, tuned, untuned or self._majority_baseline(), model)
+
+    def _prepare_model(self) -> tuple[torch.nn.Module, Evaluator]:
+        self.telemetry.update(
+            activity="Loading the model",
+            total_steps=self.batches.total_steps,
+            precision=self.device.precision.value,
+            device=self.device.name,
+        )
+        model = build_model(self.plan, self.workspace, self.manifest.labels)
+        model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
+        cast_frozen(model, self.device.precision)
+        model.to(self.device.torch_device)
+        trainable = _count(model)
+        self.telemetry.update(trainable_parameters=trainable)
+        logger.info(
+            "Training %d weights on %s in %s: %d steps on %d rows",
+            trainable,
+            self.device.name,
+            self.device.precision.value,
+            self.batches.total_steps,
+            len(self.train),
+        )
+        evaluator = Evaluator(
+            task=self.plan.task,
+            labels=self.manifest.labels,
+            device=self.device,
+            micro_batch_tokens=_micro_batch_tokens(self.plan),
+            pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
+        )
+        return model, evaluator
+
+    def _train(self, model: torch.nn.Module, evaluator: Evaluator, newest: Path | None) -> RunState:
+        optimizer = make_optimizer(model, self.plan.training.weight_decay)
+        state = RunState()
+        if newest is not None:
+            state = self.checkpoints.load(newest, model, optimizer)
+            logger.info("Going on from the checkpoint of step %d", state.step)
+            self.telemetry.update(resumed_from_step=state.step, step=state.step)
+        log = TrainingLog(self.workspace.report / TRAINING_LOG)
+        log.rewind(state.step)
+        self.telemetry.update(
+            activity="Training",
+            fraction=TRAINING_SHARE * state.step / self.batches.total_steps,
+            epoch=self.batches.epoch(state.step),
+        )
+        return Loop(
+            plan=self.plan,
+            model=model,
+            optimizer=optimizer,
+            batches=self.batches,
+            train=self.train,
+            validation=self.validation,
+            evaluator=evaluator,
+            device=self.device,
+            checkpoints=self.checkpoints,
+            telemetry=self.telemetry,
+            reporter=Reporter(self.telemetry, log, self.batches.total_steps),
+            state=state,
+        ).run()
+
+    def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
+        """Of the model as it was built: adapters still add nothing. Kept, so that a resume is spared of it."""
+        path = self.workspace.checkpoints / BASELINE
+        known = _recall(path, self.digest, Evaluation)
+        if known is None:
+            known = evaluator(UNTUNED, model, self.final, self._on_batch("Evaluating the untuned model", 0.0, 0.0))
+            _remember(path, self.digest, known)
+        return known
+
+    def _majority_baseline(self) -> Evaluation:
+        return majority_class(_labels(self.train), _labels(self.final), self.manifest.labels or [])
+
+    def _on_batch(self, activity: str, start: float, end: float) -> Callable[[float], None]:
+        def report(done: float) -> None:
+            if self.telemetry.stop_requested.is_set():
+                step = self.telemetry.progress.step
+                raise Interrupted(f"stopped while: {activity}; the training so far is saved", step)
+            self.telemetry.update(activity=activity, fraction=start + (end - start) * done)
+
+        return report
+
+    def _conclude(self, state: RunState, tuned: Evaluation, baseline: Evaluation, model: torch.nn.Module) -> Result:
+        scores = [
+            Score(
+                metric=metric.value,
+                value=decimal(tuned.metrics[metric]) or "",
+                baseline=decimal(baseline.metrics[metric]),
+            )
+            for metric in self.plan.evaluation.metrics
+        ]
+        gate = judge(self.plan.evaluation.gate, tuned, baseline) if self.plan.evaluation.gate else None
+        report = EvaluationReport(
+            split=self.final_split, rows=len(self.final), tuned=tuned, baseline=baseline, scores=scores, gate=gate
+        )
+        write_file(self.workspace.report / EVALUATION_REPORT, report.to_json(indent=2))
+        best = self.checkpoints.best()
+        train = TrainResult(
+            steps=state.step,
+            best_step=best.step if best else state.step,
+            precision=self.device.precision.value,
+            device=self.device.name,
+            trainable_parameters=_count(model),
+            training_loss=state.training_loss,
+            evaluation_loss=state.evaluation_loss,
+            tokens_per_second=state.tokens / max(state.seconds, 1e-9),
+            samples_per_second=state.rows / max(state.seconds, 1e-9),
+            peak_memory_bytes=self.device.peak_memory(),
+            split=self.final_split,
+            baseline=baseline.name,
+            scores=scores,
+            gate=gate,
+        )
+        self.telemetry.update(activity="Done", fraction=1.0, estimated_remaining_seconds=0.0)
+        failed = gate is not None and not gate.passed
+        return Result(
+            stage=Stage.TRAIN,
+            outcome=Outcome.FAILED if failed else Outcome.SUCCEEDED,
+            reason=Reason.GATE_FAILED if failed else None,
+            message=gate.message if gate else "",
+            step=state.step,
+            train=train,
+        )
+
+
+class _Remembered(Document):
+    """What a run found out, and by which run."""
+
+    digest: str
+    value: dict[str, object]
+
+
+def _remember(path: Path, digest: str, value: Document) -> None:
+    write_file(path, _Remembered(digest=digest, value=value.to_dict()).to_json())
+
+
+def _recall(path: Path, digest: str, kind: type[D]) -> D | None:
+    """What the same run remembered; None if there is nothing, or it is another run's."""
+    try:
+        remembered = _Remembered.model_validate_json(path.read_bytes())
+        return kind.model_validate(remembered.value) if remembered.digest == digest else None
+    except (OSError, ValidationError):
+        return None
+
+
+def _rows(workspace: Workspace, manifest: DataManifest, split: str) -> Rows:
+    if split not in manifest.splits or manifest.splits[split].rows == 0:
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"the {split} split has no rows: give more data, or a larger share of it in dataset.{split}",
+        )
+    return open_split(workspace.data, split)
+
+
+def _labels(data: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array([data.label(row) for row in range(len(data))], np.int64)
+
+
+def _micro_batch_tokens(plan: Plan) -> int:
+    if plan.training.micro_batch_tokens is None:
+        raise UserError(Reason.INVALID_SPEC, "the train plan has no training.microBatchTokens")
+    return plan.training.micro_batch_tokens
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in trainable_state(model).values())
