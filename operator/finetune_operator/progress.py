@@ -71,7 +71,7 @@ class ProgressPoller:
     async def run(self) -> None:
         """Asks, for ever. A round does not wait for the one before: a pod that is still being asked is left out."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
-        connector = aiohttp.TCPConnector(limit=CONCURRENCY, force_close=True)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # _slots limit: their wait is not in the timeout
         async with (
             aiohttp.ClientSession(
                 connector=connector,

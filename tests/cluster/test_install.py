@@ -28,10 +28,14 @@ def crd_uid() -> str:
 
 
 def may(verb: str, resource: str, namespace: str) -> bool:
-    """Whether the operator's service account may do that."""
+    """Whether the operator's service account may do that; a subresource stands after a slash."""
     account = f"system:serviceaccount:{kit.SYSTEM_NAMESPACE}:{install.RELEASE}"
-    command = ["kubectl", "auth", "can-i", verb, resource, "-n", namespace, f"--as={account}", "-q"]
-    return subprocess.run(command, check=False, timeout=60).returncode == 0
+    resource, _, subresource = resource.partition("/")
+    command = ["kubectl", "auth", "can-i", verb, resource, "-n", namespace, f"--as={account}"]
+    command += [f"--subresource={subresource}"] if subresource else []
+    answer = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
+    assert not answer.stderr, answer.stderr  # a resource that does not exist
+    return answer.stdout.strip() == "yes"
 
 
 def test_one_of_two_ready_replicas_leads(operator: str) -> None:

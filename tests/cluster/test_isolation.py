@@ -63,8 +63,7 @@ def test_a_train_pod_reaches_nothing_and_is_reached_by_the_operator_only(workben
     spec = train["spec"]
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert not any("token" in (mount["mountPath"]) for mount in spec["containers"][0]["volumeMounts"])
-    mounted = {tuple(sorted(volume))[0] for volume in spec["volumes"]}
-    assert "secret" not in mounted
+    assert not any("secret" in volume for volume in spec["volumes"])
     write = "import pathlib\ntry:\n    pathlib.Path('/opt/x').write_text('x'); print('written')\nexcept OSError as e: print(e.errno)"
     assert workbench.python(train["metadata"]["name"], write).strip() in ("13", "30"), (
         "the root filesystem is read-only"

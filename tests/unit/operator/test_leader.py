@@ -168,7 +168,7 @@ async def test_a_restarted_container_of_the_same_pod_need_not_wait(fake):
     assert await gets_it(replica(fake, "pod-1", clock))
 
 
-async def test_of_two_that_take_an_expired_lease_at_once_one_fails(fake, monkeypatch):
+async def test_of_two_that_take_an_expired_lease_at_once_one_fails(fake, monkeypatch, caplog):
     """Both have read it as expired; the second to write must not believe that it holds it."""
     clock = Clock()
     fake[0].put(LEASE, {"spec": {"holderIdentity": "dead", "leaseDurationSeconds": 15}})
@@ -188,6 +188,7 @@ async def test_of_two_that_take_an_expired_lease_at_once_one_fails(fake, monkeyp
 
     monkeypatch.setattr(fake[1], "request", meet)
     assert sorted(await asyncio.gather(gets_it(first), gets_it(second))) == [False, True]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], "that is no trouble"
 
 
 async def test_an_api_server_that_is_away_is_told_once_and_waited_for(fake, caplog):

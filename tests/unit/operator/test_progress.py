@@ -74,6 +74,7 @@ async def world():
     trainer = Trainer()
     application = web.Application()
     application.router.add_get("/progress", trainer.handle)
+    application.router.add_get("/elsewhere", trainer._progress)
     async with TestServer(application, host="0.0.0.0") as server:
         yield World(trainer, server.port)
 
@@ -121,21 +122,22 @@ async def endless(request: web.Request) -> web.StreamResponse:
 
 
 async def redirect(_: web.Request) -> web.StreamResponse:
-    raise web.HTTPFound("/elsewhere")
+    raise web.HTTPFound("/elsewhere")  # where a good answer waits
 
 
-BOMB = zlib.compress(b" " * 30_000_000)
+async def long(_: web.Request) -> web.StreamResponse:
+    return web.json_response(text=PROGRESS.to_json() + " " * module.MAX_BYTES)
 
 
-async def bomb(_: web.Request) -> web.StreamResponse:
-    return web.Response(body=BOMB, headers={"Content-Encoding": "deflate"})
+async def compressed(_: web.Request) -> web.StreamResponse:
+    return web.Response(body=zlib.compress(PROGRESS.to_json().encode()), headers={"Content-Encoding": "deflate"})
 
 
 async def rubbish(_: web.Request) -> web.StreamResponse:
     return web.Response(body=b"\xff\x00 rubbish")
 
 
-@pytest.mark.parametrize("page", [hang, endless, redirect, bomb, rubbish])
+@pytest.mark.parametrize("page", [hang, endless, redirect, long, compressed, rubbish])
 async def test_a_hostile_pod_is_ignored_and_hurts_no_other(world, page, monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.1)
     honest = world.trainer.page

@@ -54,6 +54,14 @@ async def test_what_fails_is_tried_again_and_disturbs_no_other(world, caplog):
     assert caplog.text.count("Traceback") == 1, "a bug has one, a quota has none"
 
 
+async def test_after_a_success_a_failure_is_a_first_one(world):
+    world.answers = {A: [UnavailableError("once"), UnavailableError("twice"), None]}
+    world.queue.add(A)
+    await asyncio.sleep(0.1)
+    assert world.done == [A]
+    assert world.queue.retry(A) <= 0.01
+
+
 async def test_it_looks_again_when_it_was_told_to(world):
     world.answers = {A: [0.02]}
     world.queue.add(A)

@@ -101,7 +101,7 @@ class Reporter:
         speed = {"tokens_per_second": interval.tokens / seconds, "samples_per_second": interval.rows / seconds}
         self._telemetry.update(
             activity="Training",
-            fraction=TRAINING_SHARE * step / self._total_steps,
+            fraction=TRAINING_SHARE * (step / self._total_steps),
             step=step,
             epoch=epoch,
             training_loss=loss,

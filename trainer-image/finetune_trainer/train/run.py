@@ -143,7 +143,7 @@ class _Run:
         log.rewind(state.step)
         self.telemetry.update(
             activity="Training",
-            fraction=TRAINING_SHARE * state.step / self.batches.total_steps,
+            fraction=TRAINING_SHARE * (state.step / self.batches.total_steps),
             epoch=self.batches.epoch(state.step),
         )
         return Loop(
