@@ -91,9 +91,9 @@ class FakeCluster:
             metadata = {**manifest["metadata"], "uid": f"job-{next(self._numbers)}"}
             self.jobs[stage] = {**manifest, "metadata": metadata, "status": {}}
 
-    async def set_suspend(self, resource: Resource, stage: Stage, suspend: bool) -> None:
-        self.jobs[stage]["spec"]["suspend"] = suspend
-        if suspend:
+    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
+        self.jobs[stage]["spec"].update(changes)
+        if changes.get("suspend"):
             self.pods[stage] = [pod for pod in self.pods.get(stage, []) if pod["status"]["phase"] != "Running"]
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:

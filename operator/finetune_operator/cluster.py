@@ -45,8 +45,11 @@ class Cluster(Protocol):
         Raises NameClashError, RejectedError or UnavailableError.
         """
 
-    async def set_suspend(self, resource: Resource, stage: Stage, suspend: bool) -> None:
-        """Stops or starts the pods of a child Job."""
+    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
+        """Changes fields of a child Job's spec that may change: suspend, backoffLimit, activeDeadlineSeconds.
+
+        None takes a field away. A Job that does not exist any more needs no change.
+        """
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:
         """Deletes a child Job and its pods, so that the stage can run again."""

@@ -42,8 +42,8 @@ async def _act(cluster: Cluster, resource: Resource, observed: Observed, decisio
         return give_up(resource, observed, now, Reason.NAME_CLASH, str(error))
     except RejectedError as error:
         return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
-    for stage, suspend in decision.suspend.items():
-        await cluster.set_suspend(resource, stage, suspend)
+    for stage, changes in decision.change.items():
+        await cluster.change_job(resource, stage, changes)
     for stage in decision.restart:
         await cluster.delete_child(resource, stage)
     return decision

@@ -179,16 +179,16 @@ class KubeCluster:
                 raise _as_cluster_error(f"cannot update {name}", error) from error
             logger.info("%s is brought up to date", name)
 
-    async def set_suspend(self, resource: Resource, stage: Stage, suspend: bool) -> None:
+    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
         job = self._child(resource, stage)
         if job is None:
             return
-        patch = {"metadata": {"uid": job["metadata"]["uid"]}, "spec": {"suspend": suspend}}
+        patch = {"metadata": {"uid": job["metadata"]["uid"]}, "spec": changes}
         try:
             answer = await self._write("PATCH", _path_of(JOBS.api_version, "jobs", job), patch, MERGE_PATCH)
         except ApiError as error:
             if error.status != 404 and "metadata.uid" not in str(error):  # gone, or gone and made anew
-                raise _as_cluster_error(f"cannot set spec.suspend of Job {job['metadata']['name']}", error) from error
+                raise _as_cluster_error(f"cannot change Job {job['metadata']['name']}", error) from error
         else:
             self._store.update(JOBS, answer)
 

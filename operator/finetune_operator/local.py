@@ -160,8 +160,11 @@ class LocalCluster:
             self._jobs[stage] = LocalJob.new(admitted, time.time(), self._logs, (self._lock,))
             self._save()
 
-    async def set_suspend(self, resource: Resource, stage: Stage, suspend: bool) -> None:
-        await self._jobs[stage].set_suspend(suspend, time.time())
+    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
+        job = self._jobs[stage]
+        job.manifest["spec"].update({name: value for name, value in changes.items() if name != "suspend"})
+        if "suspend" in changes:
+            await job.set_suspend(changes["suspend"], time.time())
         self._save()
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:

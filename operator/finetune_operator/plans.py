@@ -33,6 +33,7 @@ from finetune_api.spec import (
     ModelSpec,
     OutputFormat,
     OutputSpec,
+    Precision,
     Source,
     Split,
     Task,
@@ -251,7 +252,7 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         batch_tokens=batch.tokens if batch else None,
         micro_batch_tokens=wanted.micro_batch_tokens,
         max_length=data.max_length if data else wanted.max_length or MAX_LENGTH[spec.task],
-        precision=wanted.precision,
+        precision=wanted.precision or _precision_found(resource),
         seed=wanted.seed,
         schedule=wanted.schedule,
         warmup_ratio=wanted.warmup_ratio,
@@ -261,6 +262,12 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         evaluation_steps=wanted.evaluation_steps,
     )
     return _size(plan, resource, spec)
+
+
+def _precision_found(resource: Resource) -> Precision | None:
+    """What the device of the training took; for the model card."""
+    resolved = resource.status.resolved
+    return Precision(resolved.precision) if resolved and resource.status.result and resolved.precision else None
 
 
 def _size(plan: PlanTraining, resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:

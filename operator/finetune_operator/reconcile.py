@@ -56,7 +56,8 @@ class Decision:
 
     status: FineTuneJobStatus
     create: Sequence[Manifest] = ()
-    suspend: Mapping[Stage, bool] = field(default_factory=dict)
+    change: Mapping[Stage, Manifest] = field(default_factory=dict)
+    """Fields of a child Job's spec that are to be others; None takes one away."""
     restart: Sequence[Stage] = ()
     """Child Jobs to delete, so that their stage runs again."""
     delete: bool = False
@@ -89,8 +90,8 @@ def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, 
     if reason is Reason.INVALID_SPEC:
         draft.conditions.set(ConditionType.ACCEPTED, False, reason, message)
     draft.fail(FailureStatus(stage=None, reason=reason, message=shorten(message)))
-    running = {stage: True for stage, job in observed.jobs.items() if not _has_ended(job) and not _is_suspended(job)}
-    return Decision(draft.status(), suspend=running, events=draft.events)
+    running = [stage for stage, job in observed.jobs.items() if not _has_ended(job) and not _is_suspended(job)]
+    return Decision(draft.status(), change={stage: {"suspend": True} for stage in running}, events=draft.events)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
@@ -207,33 +208,37 @@ class _Walk:
         same_attempt = attempt == self.draft.get("attempt")
         self._note_failed_attempt(stage, pods, attempt)
         self.draft.set(attempt=attempt)
-        suspend = self._suspension(stage, job)
+        change = self._changes(stage, job)
         running = [pod for pod in pods if is_running(pod)]
         if running:
             self._report(stage, same_attempt)
-            return self._decision(suspend=suspend)
+            return self._decision(change=change)
         starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
         trouble = waiting_trouble(starting[-1], self.observed.pod_events) if starting else None
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
             self._enter(WAITING[stage], trouble.message)
-        elif _is_suspended(job) and not self.spec.suspend and not suspend:
+        elif _is_suspended(job) and not self.spec.suspend and "suspend" not in change.get(stage, {}):
             self._wait(stage, Reason.QUEUED, f"{stage} waits in queue {self._queue()}")
         else:
             again = f" again (attempt {attempt})" if attempt > 1 else ""
             self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}")
-        return self._decision(suspend=suspend, requeue_after=LOOK_AGAIN_SECONDS if starting else None)
+        return self._decision(change=change, requeue_after=LOOK_AGAIN_SECONDS if starting else None)
 
     def _queue(self) -> str | None:
         return self.spec.scheduling.queue_name if self.spec.scheduling else None
 
-    def _suspension(self, stage: Stage, job: Manifest) -> dict[Stage, bool]:
-        """Kueue alone says when a queued Job may run: its `suspend` is never taken back by us."""
-        if self.spec.suspend == _is_suspended(job):
-            return {}
-        if not self.spec.suspend and stage is Stage.TRAIN and self._queue() is not None:
-            return {}
-        return {stage: self.spec.suspend}
+    def _changes(self, stage: Stage, job: Manifest) -> dict[Stage, Manifest]:
+        """What the user may edit while the Job exists: suspend and limits.
+
+        Kueue alone says when a queued Job may run: its `suspend` is never taken back by us.
+        """
+        limits = self.spec.limits
+        wanted = {"backoffLimit": limits.retries, "activeDeadlineSeconds": limits.active_deadline_seconds}
+        if self.spec.suspend or stage is not Stage.TRAIN or self._queue() is None:
+            wanted["suspend"] = self.spec.suspend
+        changes = {name: value for name, value in wanted.items() if (job["spec"].get(name) or None) != (value or None)}
+        return {stage: changes} if changes else {}
 
     def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
         """A Warning when a new attempt follows a failed one: why it is needed."""

@@ -193,7 +193,7 @@ async def test_who_does_not_lead_writes_nothing(world):
     world.seconds = UnavailableError("this replica is not the leader")
     for write in (
         world.cluster.create(resource, world.child(name="demo-publish", stage=Stage.PUBLISH)),
-        world.cluster.set_suspend(resource, Stage.TRAIN, True),
+        world.cluster.change_job(resource, Stage.TRAIN, {"suspend": True}),
         world.cluster.delete_child(resource, Stage.TRAIN),
         world.cluster.delete(resource),
         world.cluster.write_status(resource, FineTuneJobStatus(phase=Phase.FAILED)),
@@ -209,10 +209,10 @@ async def test_who_does_not_lead_writes_nothing(world):
 
 async def test_suspend_is_patched_and_known_at_once(world):
     world.job()
-    await world.cluster.set_suspend(await world.resource(), Stage.TRAIN, True)
+    await world.cluster.change_job(await world.resource(), Stage.TRAIN, {"suspend": True})
     assert world.fake.objects[JOB]["spec"]["suspend"] is True
     assert (await world.observed()).jobs[Stage.TRAIN]["spec"]["suspend"] is True
-    await world.cluster.set_suspend(await world.resource(), Stage.PUBLISH, True)  # there is none: nothing to do
+    await world.cluster.change_job(await world.resource(), Stage.PUBLISH, {"suspend": True})  # there is none: nothing to do
 
 
 async def test_a_child_that_was_made_anew_is_neither_suspended_nor_deleted(world):
@@ -220,7 +220,7 @@ async def test_a_child_that_was_made_anew_is_neither_suspended_nor_deleted(world
     del world.fake.objects[JOB]
     other = world.fake.put(JOB, world.child())
     resource = await world.resource()
-    await world.cluster.set_suspend(resource, Stage.TRAIN, True)
+    await world.cluster.change_job(resource, Stage.TRAIN, {"suspend": True})
     await world.cluster.delete_child(resource, Stage.TRAIN)
     assert world.fake.objects[JOB] == other
 

@@ -217,11 +217,11 @@ async def test_a_suspended_job_has_no_pod_until_it_goes_on(world, tmp_path, monk
     async with world.cluster(world.job()) as cluster:
         await observe_until(cluster, lambda observed: observed.progress)
         resource, _ = await cluster.observe(cluster.key)
-        await cluster.set_suspend(resource, TRAIN, True)
+        await cluster.change_job(resource, TRAIN, {"suspend": True})
         observed = await observe_until(cluster, lambda _: True)
         assert observed.pods[TRAIN] == ()
         assert observed.jobs[TRAIN]["spec"]["suspend"] is True
-        await cluster.set_suspend(resource, TRAIN, False)
+        await cluster.change_job(resource, TRAIN, {"suspend": False})
         observed = await observe_until(cluster, ended)
         assert codes(observed) == [0]
 

@@ -198,6 +198,18 @@ async def test_suspending_a_training_stops_it_and_resuming_goes_on(cluster: Fake
     assert cluster.status.phase is Phase.TRAINING
 
 
+async def test_edited_limits_reach_the_running_job(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    cluster.edit(limits={"retries": 0, "activeDeadlineSeconds": 60})
+    await cluster.settle()
+    spec = cluster.jobs[Stage.PREPARE]["spec"]
+    assert (spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (0, 60)
+    cluster.edit(limits={})
+    await cluster.settle()
+    assert (spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (3, None)
+
+
 async def test_the_suspend_of_a_queued_job_is_kueues(cluster: FakeCluster) -> None:
     cluster.edit(scheduling={"queueName": "team-queue"})
     await cluster.pass_through(Stage.PREPARE)

@@ -111,7 +111,7 @@ class TestMetrics:
         series = self.series(telemetry)
         assert series["finetune_trainer_progress_ratio"].value == 0.5
         assert series["finetune_trainer_training_loss"].value == 0.75
-        assert series["finetune_trainer_step"].labels == {"namespace": "team", "job": "sentiment", "stage": "train"}
+        assert series["finetune_trainer_step"].labels == {"namespace": "team", "name": "sentiment", "stage": "train"}
 
     def test_have_no_series_for_what_is_not_known(self, telemetry):
         assert set(self.series(telemetry)) == {

@@ -113,7 +113,7 @@ class _ProgressCollector(Collector):
         for name, (field, text) in METRICS.items():
             value = getattr(progress, field)
             if value is not None:
-                gauge = GaugeMetricFamily(f"finetune_trainer_{name}", text, labels=["namespace", "job", "stage"])
+                gauge = GaugeMetricFamily(f"finetune_trainer_{name}", text, labels=["namespace", "name", "stage"])
                 gauge.add_metric([self._job.namespace, self._job.name, progress.stage], value)
                 yield gauge
 

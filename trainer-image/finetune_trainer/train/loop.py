@@ -69,7 +69,8 @@ class Loop:
         """
         while True:
             step = self.state.step
-            if self._evaluates_at(step) and self.state.evaluated_step < step:
+            evaluated = self.state.evaluated_step == step and self.checkpoints.best() is not None
+            if self._evaluates_at(step) and not evaluated:
                 self._evaluate()
             if self._saves_at(step) and self._saved != self.state:
                 self._save()
@@ -158,11 +159,16 @@ class Loop:
             update={
                 "evaluated_step": step,
                 "evaluation_loss": result.metrics[Metric.LOSS],
-                "training_loss": float(self._loss_since_evaluation) / max(1, self.state.loss_targets),
+                "training_loss": self._mean_loss(),
                 "loss_targets": 0,
             }
         )
         self._loss_since_evaluation = self._zero()
+
+    def _mean_loss(self) -> float | None:
+        """Of the steps since the last evaluation; if there are none, what it was then."""
+        targets = self.state.loss_targets
+        return float(self._loss_since_evaluation) / targets if targets else self.state.training_loss
 
     def _save(self) -> None:
         self._check_finite()
@@ -176,9 +182,11 @@ class Loop:
     def _stop_if_asked(self) -> None:
         if not self.telemetry.stop_requested.is_set():
             return
-        if self.state.step and self._saved != self.state:
-            self._save()
         step = self.state.step
+        if step == 0:
+            raise Interrupted("stopped before the first step")
+        if self._saved != self.state:
+            self._save()
         raise Interrupted(f"stopped after step {step} of {self.batches.total_steps}, which is saved", step)
 
     def _check_finite(self) -> None:

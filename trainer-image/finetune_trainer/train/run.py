@@ -53,6 +53,7 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
     finished = _recall(workspace.checkpoints / RESULT, digest, Result)
     if finished is not None and checkpoints.best() is not None:
         logger.info("This run is already finished")
+        telemetry.update(activity="Done", fraction=1.0, step=finished.step, total_steps=finished.step)
         return finished
     device = choose_device(plan.device, plan.training.precision)
     result = _Run(
