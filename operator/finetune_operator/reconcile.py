@@ -184,7 +184,9 @@ class _Walk:
         children = render_stage(
             resource, self.spec, plan, self.context.settings, self.context.layout, suspended=self.spec.suspend
         )
-        self.draft.set(attempt=1, resolved=resolved_status(plan, None, None))
+        self.draft.set(attempt=1)
+        if stage is not Stage.PUBLISH:  # training is over: what its device decided stands in the status
+            self.draft.set(resolved=resolved_status(plan, None, None))
         if stage is Stage.PREPARE:
             self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
         self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")

@@ -73,9 +73,9 @@ def job_uids(workbench: Workbench, name: str) -> dict[str, str]:
 
 
 def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> None:
-    name = workbench.submit(long_classification(steps=4000))
+    name = workbench.submit(long_classification(steps=1000))
     workbench.running_pod(name, "train")
-    kit.wait_for(workbench.namespace, name, lambda job: step_of(job) > 500, 90, "training under way")
+    kit.wait_for(workbench.namespace, name, lambda job: step_of(job) > 150, 90, "training under way")
     kill_container(workbench.running_pod(name, "train"))
     kit.wait_for(workbench.namespace, name, lambda job: job["status"].get("attempt") == 2, 60, "attempt 2")
     job = workbench.wait(name, "Succeeded")
@@ -83,7 +83,7 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> N
     assert len(pods) == 2
     log = kit.logs(workbench.namespace, pods[-1]["metadata"]["name"])
     assert "Going on from the checkpoint of step" in log
-    assert step_of(job) == 4000
+    assert step_of(job) == 1000
     warnings = [e["message"] for e in kit.events(workbench.namespace, name) if e["type"] == "Warning"]
     assert any("attempt 1 of train failed" in message for message in warnings)
     workbench.delete(name)
@@ -91,7 +91,7 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> N
 
 @pytest.mark.parametrize("phase", ["Preparing", "Training", "Publishing"])
 def test_operators_killed_in_a_phase_lose_and_double_nothing(workbench: Workbench, phase: str) -> None:
-    name = workbench.submit(long_classification(steps=1500))
+    name = workbench.submit(long_classification(steps=500))
     seen: dict[str, str] = {}
 
     def reached(job: dict[str, Any]) -> bool:

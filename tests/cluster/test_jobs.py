@@ -191,13 +191,13 @@ def test_the_result_goes_into_another_claim_and_a_retained_workspace_stays(workb
 def test_suspend_saves_stops_and_goes_on(workbench: Workbench) -> None:
     from tests.cluster.workbench import long_classification
 
-    name = workbench.submit(long_classification(steps=3000))
+    name = workbench.submit(long_classification(steps=1000))
     workbench.running_pod(name, "train")
 
     def step(job: dict[str, Any]) -> int:
         return int((job["status"].get("progress") or {}).get("step") or 0)
 
-    kit.wait_for(workbench.namespace, name, lambda job: step(job) > 100, 60, "training under way")
+    kit.wait_for(workbench.namespace, name, lambda job: step(job) > 100, 90, "training under way")
     workbench.set(name, suspend=True)
     job = workbench.wait(name, "Suspended", 60)
     kit.wait_until(lambda: not running_train_pods(workbench, name), 60, "no pod while suspended")
@@ -207,7 +207,7 @@ def test_suspend_saves_stops_and_goes_on(workbench: Workbench) -> None:
     job = workbench.wait(name, "Succeeded")
     assert kit.condition(job, "Suspended") | {"lastTransitionTime": ""} | {"message": ""} != {}
     assert kit.condition(job, "Suspended")["status"] == "False"
-    assert step(job) == 3000
+    assert step(job) == 1000
     assert before > 0
     workbench.delete(name)
 

@@ -173,7 +173,7 @@ def tiny_classification(**overrides: Any) -> dict[str, Any]:
     return spec | overrides
 
 
-def long_classification(steps: int = 4000, **overrides: Any) -> dict[str, Any]:
+def long_classification(steps: int, **overrides: Any) -> dict[str, Any]:
     """A training that lasts long enough to be hit in its middle, with a checkpoint every second or so."""
     training = {
         "maxSteps": steps,
@@ -234,6 +234,6 @@ def _copy(bench: Workbench, folder: Path, target: str) -> None:
          "special_tokens_map.json", "vocab.txt", "model.safetensors"],
         stdout=subprocess.PIPE,
     ) as archive:  # fmt: skip
-        code = f"import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall({target!r}, filter='data')"
+        code = f"import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall({target!r})"
         command = ["kubectl", "-n", bench.namespace, "exec", "-i", MODELS_POD, "--", "python", "-c", code]
         subprocess.run(command, stdin=archive.stdout, check=True, timeout=120)

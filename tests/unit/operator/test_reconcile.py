@@ -83,6 +83,12 @@ async def test_progress_of_a_training_is_shown(cluster: FakeCluster) -> None:
     assert cluster.status.message == "Training: step 33 of 66"
 
 
+async def test_what_the_device_decided_is_still_told_at_the_end(cluster: FakeCluster) -> None:
+    await cluster.pass_through(*Stage)
+    resolved = cluster.status.resolved
+    assert resolved is not None and (resolved.device, resolved.precision) == (TRAINED.device, TRAINED.precision)
+
+
 async def test_progress_never_goes_back_within_an_attempt_but_tells_the_truth_after_a_crash(
     cluster: FakeCluster,
 ) -> None:
