@@ -19,6 +19,8 @@ def prepare_environment(plan: Plan, temporary: Path) -> None:
         "DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        # threads that spin while they wait for each other take the CPU from the one that has work
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     if not _needs_hub(plan):
         settings |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -48,6 +48,17 @@ def connect(telemetry: Telemetry) -> socket.socket:
 
 
 class TestProgress:
+    def test_a_beat_renews_the_time_and_nothing_else_once_a_second(self, telemetry, monkeypatch):
+        telemetry.update(activity="Evaluating", step=5)
+        before = telemetry.progress
+        telemetry.beat()
+        assert telemetry.progress == before
+        monkeypatch.setattr("finetune_trainer.telemetry.telemetry.BEAT_SECONDS", 0.0)
+        time.sleep(0.001)
+        telemetry.beat()
+        assert telemetry.progress.updated_at > before.updated_at
+        assert telemetry.progress.model_copy(update={"updated_at": before.updated_at}) == before
+
     def test_is_served_as_the_document_that_the_operator_reads(self, telemetry):
         telemetry.update(activity="Training", fraction=0.25, step=5, total_steps=20, training_loss=1.5)
         content_type, body = get(telemetry, "/progress")

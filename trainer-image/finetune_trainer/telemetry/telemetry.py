@@ -19,6 +19,7 @@ from finetune_trainer.telemetry.server import Page, serve
 
 logger = logging.getLogger(__name__)
 
+BEAT_SECONDS = 1.0
 PORT_VARIABLE = "FINETUNE_TELEMETRY_PORT"
 
 METRICS = {
@@ -70,6 +71,11 @@ class Telemetry:
         with self._lock:
             known = self._progress.model_dump()
             self._progress = Progress.model_validate({**known, **fields, "updated_at": time.time()})
+
+    def beat(self) -> None:
+        """Says that the work goes on, at most once a second: a step or an evaluation may take minutes."""
+        if time.time() - self.progress.updated_at >= BEAT_SECONDS:
+            self.update()
 
     def __enter__(self) -> Self:
         try:

@@ -6,6 +6,7 @@ Nothing here depends on when it was interrupted: rows, learning rate and dropout
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,7 +89,7 @@ class Loop:
             group["lr"] = rate
         training_mode(self.model, self.plan.method)
         micro = self._read(step)
-        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step])
+        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self.telemetry.beat)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,7 +144,7 @@ class Loop:
         started = time.monotonic()
         self._check_finite()
         self.telemetry.update(activity="Evaluating")
-        result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._stop_if_asked())
+        result = self.evaluator("tuned", self.model, self.validation, self._on_evaluation_batch)
         step = self.state.step
         if not np.isfinite(result.metrics[Metric.LOSS]):
             raise self._non_finite("loss on validation", step)
@@ -169,6 +170,10 @@ class Loop:
         """Of the steps since the last evaluation; if there are none, what it was then."""
         targets = self.state.loss_targets
         return float(self._loss_since_evaluation) / targets if targets else self.state.training_loss
+
+    def _on_evaluation_batch(self, _done: float) -> None:
+        self._stop_if_asked()
+        self.telemetry.beat()
 
     def _save(self) -> None:
         self._check_finite()
@@ -218,16 +223,22 @@ class Loop:
 
 
 def accumulate_gradients(
-    model: torch.nn.Module, micro: list[MicroBatch], device: Device, seed: list[int]
+    model: torch.nn.Module,
+    micro: list[MicroBatch],
+    device: Device,
+    seed: list[int],
+    beat: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
-    i is drawn from (seed, i). The result is a float64 scalar on the device: nothing waits for it here.
+    i is drawn from (seed, i). `beat` is called before each. The result is a float64 scalar on the device: nothing
+    waits for it here.
     """
     targets = max(1, sum(len(batch.targets) for batch in micro))
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
     for number, batch in enumerate(micro):
+        beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
             loss = predict(model, batch.to(device.torch_device)).losses().sum()
