@@ -252,7 +252,7 @@ def _score_table(title: str, tuned: Evaluation, baseline: Evaluation) -> Table:
 
 
 def _confusion_table(labels: list[str], confusion: list[list[int]]) -> Table:
-    title = "confusion matrix: true class down, predicted class across"
+    title = "confusion: true down, predicted across"
     table = Table("", *(Column(Text(label)) for label in labels), title=title, title_justify="left")
     for label, row in zip(labels, confusion, strict=True):
         table.add_row(Text(label), *map(str, row))

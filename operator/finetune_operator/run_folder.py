@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ MUTABLE = {"suspend", "limits"}
 """Fields of the spec that may change after creation, as the CRD's rules have it."""
 
 
+LOCK_SECONDS = 3.0
+
+
 class RunError(Exception):
     """The run cannot begin; the message tells the user what to do."""
 
@@ -34,7 +38,8 @@ class RunError(Exception):
 class RunFolder:
     """The files of one run. Hold `locked` while using it: a run has one master."""
 
-    OWN = ("job.json", "children.json", "plans", "logs", "workspace")
+    OWN = ("children.json", "plans", "logs", "workspace", "job.json")
+    """What a run makes; job.json, the first and the last of them, is the sign of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -51,22 +56,25 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"the run needs a folder it can write to: {self.path}: {error.strerror}") from None
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another `finetune run` is at work in {self.path}; wait for it or stop it") from None
+            if not _lock(descriptor):
+                raise RunError(f"another `finetune run` is at work in {self.path}; wait for it or stop it")
             yield descriptor
         finally:
             os.close(descriptor)
 
     def clear(self) -> None:
-        """Removes what a run made, and nothing else that may lie in the folder."""
-        for name in self.OWN:
-            path = self.path / name
+        """Removes an earlier run, and nothing else that may lie in the folder.
+
+        Raises RunError if there was no run, and yet something has the name of what a run makes.
+        """
+        found = [self.path / name for name in self.OWN if os.path.lexists(self.path / name)]
+        if found and self.path / "job.json" not in found:
+            raise RunError(f"{found[0]} is there and was not made by a run; choose another folder with --output")
+        for path in found:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
     def read(self, name: str) -> Manifest | None:
         """Raises RunError if the file is not one of ours."""
@@ -86,6 +94,20 @@ class RunFolder:
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock was got. A process that was just killed holds it until its memory is freed."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def admit(run: RunFolder, job: FineTuneJob, now: float, fresh: bool = False) -> Manifest:

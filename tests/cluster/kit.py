@@ -49,11 +49,14 @@ def items(kind: str, namespace: str, selector: str = "") -> list[dict[str, Any]]
 
 
 def apply(manifest: Manifest | Sequence[Manifest] | str, namespace: str | None = None) -> None:
-    """`kubectl apply` of one or several objects, or of YAML. Raises CommandError with the API server's words."""
+    """`kubectl apply` of one or several objects, or of YAML; server-side, for data may be large.
+
+    Raises CommandError with the API server's words.
+    """
     if not isinstance(manifest, str):
         objects = [manifest] if isinstance(manifest, Mapping) else manifest
         manifest = "\n---\n".join(json.dumps(one) for one in objects)
-    kubectl(*(["-n", namespace] if namespace else []), "apply", "-f", "-", input=manifest)
+    kubectl(*(["-n", namespace] if namespace else []), "apply", "--server-side", "-f", "-", input=manifest)
 
 
 def get_job(namespace: str, name: str) -> dict[str, Any]:

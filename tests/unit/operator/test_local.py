@@ -14,7 +14,7 @@ import pytest
 from finetune_api.constants import JOB_LABEL, STAGE_LABEL, Stage
 from finetune_api.kubernetes import LocalReference
 from finetune_api.rules import parse_job, parse_spec
-from finetune_operator import local_job
+from finetune_operator import local_job, run_folder
 from finetune_operator.cluster import Event
 from finetune_operator.local import LocalCluster, LocalLayout
 from finetune_operator.local_job import LocalJob
@@ -330,7 +330,8 @@ def test_no_process_outlives_a_killed_run(world, tmp_path, monkeypatch):
     assert codes(asyncio.run(go_on())) == [137, 0]  # and the kill of another is no failure of the stage
 
 
-def test_a_run_has_one_master(world):
+def test_a_run_has_one_master(world, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
     with world.run.locked(), pytest.raises(RunError, match="another `finetune run` is at work"), world.run.locked():
         pass
     with world.run.locked():
@@ -391,6 +392,15 @@ class TestAdmission:
         assert second["metadata"]["uid"] != first["metadata"]["uid"]
         assert not (world.run.path / "workspace").exists()
         assert (world.run.path / "mine.txt").exists()
+
+    @pytest.mark.parametrize("fresh", [True, False])
+    def test_what_no_run_made_is_never_removed(self, world, fresh):
+        mine = world.run.path / "logs" / "mine.txt"
+        mine.parent.mkdir(parents=True)
+        mine.touch()
+        with pytest.raises(RunError, match=r"run/logs is there and was not made by a run; .*--output"):
+            self.admit(world, fresh=fresh)
+        assert mine.exists()
 
     def test_a_failed_stage_is_tried_again_on_what_is_done(self, world):
         first = self.admit(world)
