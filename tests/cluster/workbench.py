@@ -125,9 +125,10 @@ class Workbench:
         assert pod is not None
         return pod
 
-    def python(self, pod: str, code: str, timeout: float = 60) -> str:
-        """Runs Python in a pod and returns what it prints."""
-        return kit.kubectl("-n", self.namespace, "exec", pod, "--", "python", "-c", code, timeout=timeout)
+    def python(self, pod: str, code: str, timeout: float = 60, input: str = "") -> str:
+        """Runs Python in a pod, with `input` on its standard input, and returns what it prints."""
+        command = ("-n", self.namespace, "exec", "-i", pod, "--", "python", "-c", code)
+        return kit.kubectl(*command, timeout=timeout, input=input)
 
     @contextmanager
     def helper(self, name: str, claims: Mapping[str, str], labels: Mapping[str, str] | None = None) -> Iterator[str]:

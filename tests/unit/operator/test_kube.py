@@ -212,7 +212,9 @@ async def test_suspend_is_patched_and_known_at_once(world):
     await world.cluster.change_job(await world.resource(), Stage.TRAIN, {"suspend": True})
     assert world.fake.objects[JOB]["spec"]["suspend"] is True
     assert (await world.observed()).jobs[Stage.TRAIN]["spec"]["suspend"] is True
-    await world.cluster.change_job(await world.resource(), Stage.PUBLISH, {"suspend": True})  # there is none: nothing to do
+    await world.cluster.change_job(
+        await world.resource(), Stage.PUBLISH, {"suspend": True}
+    )  # there is none: nothing to do
 
 
 async def test_a_child_that_was_made_anew_is_neither_suspended_nor_deleted(world):
