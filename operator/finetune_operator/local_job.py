@@ -184,6 +184,7 @@ class LocalJob:
         termination_log = self._folder / f"{name}.result"
         termination_log.unlink(missing_ok=True)
         environment = os.environ | {
+            "FINETUNE_TELEMETRY_HOST": "127.0.0.1",
             "FINETUNE_TELEMETRY_PORT": str(port),
             "FINETUNE_TERMINATION_LOG": str(termination_log),
         }

@@ -204,6 +204,18 @@ def test_the_result_goes_into_another_claim_and_a_retained_workspace_stays(workb
     kit.kubectl("-n", workbench.namespace, "delete", "pvc", f"{name}-workspace", "--wait=false")
 
 
+def test_a_shared_claim_holds_a_folder_of_the_job(workbench: Workbench) -> None:
+    name = workbench.submit(tiny_classification(workspace={"claimName": "models"}))
+    job = workbench.wait(name, "Succeeded")
+    folder = f"{name}-{job['metadata']['uid'][:8]}"
+    assert job["status"]["result"]["artifact"]["uri"] == f"pvc://models/{folder}/artifacts"
+    with workbench.helper("reader", {"models": "/models"}) as reader:
+        listing = workbench.python(reader, f"import os; print(sorted(os.listdir('/models/{folder}')))")
+    assert "artifacts" in listing and "checkpoints" in listing
+    workbench.delete(name)
+    assert kit.get("pvc", "models", workbench.namespace) is not None
+
+
 def test_suspend_saves_stops_and_goes_on(workbench: Workbench) -> None:
     name = workbench.submit(long_classification(steps=1000))
     workbench.running_pod(name, "train")

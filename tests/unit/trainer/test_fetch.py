@@ -23,9 +23,9 @@ from finetune_trainer.storage import display_uri, filesystem, storage_errors, st
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.watch import Watch
 from finetune_trainer.workspace import Workspace
-from moto.server import ThreadedMotoServer
 
 from tests.models import save_tiny_bert
+from tests.s3_server import s3_server
 
 COMMIT = "c" * 40
 
@@ -99,25 +99,22 @@ def test_what_is_not_there_is_named(tmp_path, watch, name):
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """An S3 server with a bucket, and the folder of a Secret for it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {
-        "AWS_ACCESS_KEY_ID": "key-of-the-test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_REGION": "us-east-1",
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=keys["AWS_ENDPOINT_URL"],
-        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-        region_name=keys["AWS_REGION"],
-    )
-    client.create_bucket(Bucket="bucket")
-    yield client, write_secret(tmp_path_factory.mktemp("secret") / "s3", **keys)
-    server.stop()
+    with s3_server() as url:
+        keys = {
+            "AWS_ACCESS_KEY_ID": "key-of-the-test",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+            "AWS_ENDPOINT_URL": url,
+            "AWS_REGION": "us-east-1",
+        }
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+            region_name=keys["AWS_REGION"],
+        )
+        client.create_bucket(Bucket="bucket")
+        yield client, write_secret(tmp_path_factory.mktemp("secret") / "s3", **keys)
 
 
 def test_an_object_and_a_prefix_of_s3_are_downloaded(tmp_path, watch, s3, caplog):

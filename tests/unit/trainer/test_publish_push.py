@@ -18,7 +18,8 @@ from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.publish.push import push
 from finetune_trainer.publish.sums import listed_names, write_sums
 from finetune_trainer.telemetry import Telemetry
-from moto.server import ThreadedMotoServer
+
+from tests.s3_server import nobody_allowed, s3_server
 
 KEY, PASSWORD = "a-key-id", "a-secret-key-that-nobody-may-see"
 
@@ -126,11 +127,8 @@ class TestFolder:
 
 @pytest.fixture(scope="module")
 def s3_url():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as url:
+        yield url
 
 
 class TestS3:
@@ -222,11 +220,10 @@ class TestS3:
             push(artifacts, wrong, OwnTelemetry())
         assert raised.value.reason is Reason.OUTPUT_FAILED
 
-    def test_without_permission_is_the_users_error_and_tells_no_secret(self, artifacts, location, bucket, monkeypatch):
-        with monkeypatch.context() as server:
-            server.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on it knows nobody
-            with pytest.raises(UserError, match="may not be used: the credentials in its Secret") as raised:
-                push(artifacts, location, OwnTelemetry())
+    def test_without_permission_is_the_users_error_and_tells_no_secret(self, artifacts, location, bucket, s3_url):
+        refused = pytest.raises(UserError, match="may not be used: the credentials in its Secret")
+        with nobody_allowed(s3_url), refused as raised:
+            push(artifacts, location, OwnTelemetry())
         assert raised.value.reason is Reason.OUTPUT_FAILED
         assert PASSWORD not in raised.value.message
         assert self.objects(bucket) == {}

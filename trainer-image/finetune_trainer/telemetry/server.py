@@ -33,11 +33,11 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # the usual 5 fill up in a burst, and a client that finds no place waits for seconds
 
-    def __init__(self, port: int, pages: Pages) -> None:
+    def __init__(self, host: str, port: int, pages: Pages) -> None:
         self.pages = pages
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
-        super().__init__(("0.0.0.0", port), _Handler)
+        super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         """HTTPServer asks the DNS for its own name here, which blocks where the network is closed."""
@@ -102,8 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
 
-def serve(port: int, pages: Pages) -> _Server:
-    """Starts to serve `pages` on all addresses; port 0 takes any free one. Raises OSError if it is in use."""
-    server = _Server(port, pages)
+def serve(host: str, port: int, pages: Pages) -> _Server:
+    """Starts to serve `pages`; port 0 takes any free one. Raises OSError if it is in use."""
+    server = _Server(host, port, pages)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="telemetry", daemon=True).start()
     return server

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 PORT_VARIABLE = "FINETUNE_TELEMETRY_PORT"
+HOST_VARIABLE = "FINETUNE_TELEMETRY_HOST"
+"""Address to listen on: a pod's are all meant, `finetune run` names the loopback."""
 
 METRICS = {
     "progress_ratio": ("fraction", "Share of the stage that is done, from 0 to 1."),
@@ -79,7 +81,7 @@ class Telemetry:
 
     def __enter__(self) -> Self:
         try:
-            self._server = serve(self._wanted_port, self._page)
+            self._server = serve(os.environ.get(HOST_VARIABLE, "0.0.0.0"), self._wanted_port, self._page)
         except (OSError, OverflowError) as error:
             logger.warning("No progress and metrics: cannot listen on port %d: %s", self._wanted_port, error)
         else:
