@@ -76,8 +76,9 @@ kind-up: images ## a kind cluster with the operator in it; builds the images, ne
 	@$(KIND) get clusters 2>/dev/null | grep -qx finetune || $(KIND) create cluster --config kind-config.yaml
 	@$(KIND) load docker-image --name finetune finetune-operator:$(VERSION) finetune-trainer:$(VERSION)
 	@# kind has no GPU: the labelled worker only says that it has one, for scheduling (use resources.allowCpuFallback)
-	@$(KUBECTL) --context kind-finetune patch node -l nvidia.com/gpu.present=true --subresource=status --type=merge \
-		-p '{"status": {"capacity": {"nvidia.com/gpu": "1"}}}'
+	@for node in $$($(KUBECTL) --context kind-finetune get nodes -l nvidia.com/gpu.present=true -o name); do \
+		$(KUBECTL) --context kind-finetune patch $$node --subresource=status --type=merge \
+			-p '{"status": {"capacity": {"nvidia.com/gpu": "1"}}}'; done
 	@$(HELM) upgrade --install finetune-operator $(CHART) --kube-context kind-finetune \
 		--namespace finetune-system --create-namespace --wait --timeout 3m \
 		--set-string podAnnotations.image="$$($(DOCKER) image inspect -f '{{.Id}}' finetune-operator:$(VERSION))"

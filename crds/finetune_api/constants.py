@@ -92,6 +92,8 @@ class Reason(StrEnum):
     DISRUPTED = "Disrupted"  # preempted, drained: the Job tries again by itself
     IMAGE_NOT_PULLED = "ImageNotPulled"
     UNSCHEDULABLE = "Unschedulable"
+    POD_REFUSED = "PodRefused"  # quota, Pod Security or a PriorityClass that does not exist keeps the pod from being made
+    FORBIDDEN = "Forbidden"  # quota or missing rights keep the operator from making the Job; it tries again
     CONTAINER_CONFIG = "ContainerConfigError"  # a ConfigMap, Secret or claim that the pod needs is missing
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     INTERRUPTED = "Interrupted"  # SIGTERM: a checkpoint was saved, exit code 75

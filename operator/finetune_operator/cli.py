@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from finetune_api.constants import ExitCode
 from finetune_api.report import EVALUATION_REPORT, EvaluationReport
+from finetune_api.rules import local_only
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.v1alpha1 import FineTuneJob
 from pydantic import ValidationError
@@ -117,7 +119,9 @@ def _check(options: argparse.Namespace) -> int:
             print(error)
             code = ExitCode.USER_ERROR
         else:
-            print(f"{path}: {job.metadata['name']} is valid")
+            findings = local_only(job)
+            where = " for `finetune run`; a cluster would refuse it:" if findings else ""
+            print(f"{path}: {job.metadata['name']} is valid{where}", *point_out(path, findings), sep="\n")
     return code
 
 
@@ -187,7 +191,7 @@ def _exit_code(status: FineTuneJobStatus) -> int:
 
 
 def _say_how_to_go_on(status: FineTuneJobStatus, options: argparse.Namespace) -> int:
-    command = ["finetune", "run", str(options.file)]
+    command = [*_program(), "run", str(options.file)]
     if options.output:
         command += ["--output", str(options.output)]
     for flag, mappings in (("--volume", options.volume), ("--secret", options.secret)):
@@ -196,6 +200,14 @@ def _say_how_to_go_on(status: FineTuneJobStatus, options: argparse.Namespace) ->
     stage = current_stage(status)
     print(f"Stopped{f' in {stage}' if stage else ''}; what is done is kept. Go on with:\n  {shlex.join(command)}")
     return ExitCode.TRY_AGAIN
+
+
+def _program() -> list[str]:
+    """How the user called us, in words that a shell understands."""
+    program = Path(sys.argv[0])
+    if program.suffix == ".py":
+        return [sys.executable, "-m", "finetune_operator.cli"]
+    return [program.name if shutil.which(program.name) == sys.argv[0] else sys.argv[0]]
 
 
 def _print_end(console: Console, cluster: LocalCluster, workspace: Path) -> None:

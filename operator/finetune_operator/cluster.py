@@ -35,6 +35,10 @@ class UnavailableError(ClusterError):
     """Forbidden, over quota, too many requests, not reachable: worth another try later."""
 
 
+class ForbiddenError(UnavailableError):
+    """Quota, an admission policy or missing rights are against it: the user wants to know, and it is tried again."""
+
+
 class Cluster(Protocol):
     async def observe(self, key: Key) -> tuple[Resource, Observed] | None:
         """The resource and its children as they are known now; None if it does not exist."""

@@ -4,9 +4,9 @@ import logging
 
 from finetune_api.constants import Reason
 
-from finetune_operator.cluster import Cluster, NameClashError, RejectedError
+from finetune_operator.cluster import Cluster, ForbiddenError, NameClashError, RejectedError
 from finetune_operator.observed import Key, Observed, Resource
-from finetune_operator.reconcile import Context, Decision, decide, give_up
+from finetune_operator.reconcile import Context, Decision, decide, give_up, hold_back
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,20 @@ async def reconcile(cluster: Cluster, key: Key, context: Context, now: float) ->
     if decision.delete:
         await cluster.delete(resource)
         return None
-    decision = await _act(cluster, resource, observed, decision, now)
+    try:
+        decision = await _act(cluster, resource, observed, decision, now)
+    except ForbiddenError as error:
+        await _tell(cluster, resource, hold_back(resource, now, str(error)))
+        raise
+    await _tell(cluster, resource, decision)
+    return decision.requeue_after
+
+
+async def _tell(cluster: Cluster, resource: Resource, decision: Decision) -> None:
     for event in decision.events:
         await cluster.emit(resource, event)
     if decision.status != resource.status:
         await cluster.write_status(resource, decision.status)
-    return decision.requeue_after
 
 
 async def _act(cluster: Cluster, resource: Resource, observed: Observed, decision: Decision, now: float) -> Decision:
@@ -39,9 +47,9 @@ async def _act(cluster: Cluster, resource: Resource, observed: Observed, decisio
         for manifest in decision.create:
             await cluster.create(resource, manifest)
     except NameClashError as error:
-        return give_up(resource, observed, now, Reason.NAME_CLASH, str(error))
+        decision = give_up(resource, observed, now, Reason.NAME_CLASH, str(error))
     except RejectedError as error:
-        return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
+        decision = give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
     for stage, changes in decision.change.items():
         await cluster.change_job(resource, stage, changes)
     for stage in decision.restart:

@@ -51,6 +51,14 @@ def waiting_trouble(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]] 
     return None
 
 
+def refusal(events: Sequence[Mapping[str, Any]]) -> Trouble | None:
+    """Why a Job gets no pod: the Job controller's last word about it."""
+    for event in reversed(events):
+        if event.get("reason") == "FailedCreate":
+            return Trouble(Reason.POD_REFUSED, f"the cluster refuses the pod: {event.get('message', '')}")
+    return None
+
+
 def pod_failure(pod: Mapping[str, Any], stage: Stage) -> Trouble:
     """Why a pod ended badly. The kernel's word goes before the trainer's, and the trainer's before the exit code."""
     end = terminated(pod) or {}

@@ -64,11 +64,23 @@ class Draft:
         self.set(phase=phase, message=message)
 
     def _moment(self, what: str) -> str:
-        """Tells an Event from an earlier one of the same kind: another attempt, or after an edit of the spec."""
-        return f"{what}-{self.get('attempt')}-{self._fields['observed_generation']}"
+        """Tells an Event from an earlier one of the same kind. From what was written before, so that it is the same
+        when it is worked out once more."""
+        running = next((c for c in self._old.conditions or () if c.type == ConditionType.RUNNING), None)
+        since = running.last_transition_time if running else None
+        return f"{what}-{self._old.attempt}-{self._fields['observed_generation']}-{since}"
 
     def running(self, holds: bool, reason: Reason, message: str) -> None:
         self.conditions.set(ConditionType.RUNNING, holds, reason, message)
+
+    def pause(self) -> None:
+        """Nothing runs: what was estimated of the future, and a speed that is not the result's, no longer hold."""
+        progress: ProgressStatus | None = self.get("progress")
+        metrics: MetricsStatus | None = self.get("metrics")
+        if progress is not None:
+            self.at(progress.percentage)
+        if metrics is not None and self.get("result") is None:
+            self.set(metrics=metrics.model_copy(update={"tokens_per_second": None, "samples_per_second": None}))
 
     def trouble(self, reason: Reason, message: str, key: str) -> None:
         """What keeps a pod from running: a condition, and a Warning when it is new."""
@@ -76,14 +88,13 @@ class Draft:
         if before is None or before.reason is not reason:
             self.events.append(Event("Warning", reason.value, shorten(message), key))
         self.running(False, reason, message)
+        self.pause()
 
-    def follow(self, stage: Stage, progress: Progress, same_attempt: bool) -> None:
-        """Takes over what a running trainer says. The percentage never goes back within an attempt."""
+    def follow(self, stage: Stage, progress: Progress) -> None:
+        """Takes over what a running trainer says. After a crash it may be less than before: that is the truth."""
         start, end = STAGE_SHARE[stage]
         percentage = start + int((end - start) * progress.fraction)
         old: ProgressStatus | None = self.get("progress")
-        if old is not None and same_attempt:
-            percentage = max(percentage, old.percentage)
         remaining = progress.estimated_remaining_seconds
         kept = old if old is not None and progress.step is None else None
         self.set(
@@ -148,8 +159,15 @@ class Draft:
             ),
         )
 
+    def _end(self) -> None:
+        """A job that has ended is not suspended, whatever its spec says."""
+        if self.conditions.is_true(ConditionType.SUSPENDED):
+            self.conditions.set(ConditionType.SUSPENDED, False, Reason.RESUMED, "the job has ended")
+        self.set(completion_time=format_time(self._now))
+
     def fail(self, failure: FailureStatus) -> None:
         """Ends the job: it stays failed whatever happens to its children."""
+        self._end()
         message = f"{failure.stage}: {failure.message}" if failure.stage else failure.message
         self.conditions.set(ConditionType.FAILED, True, failure.reason, message)
         self.conditions.set(ConditionType.COMPLETE, False, failure.reason, message)
@@ -158,12 +176,12 @@ class Draft:
         progress: ProgressStatus | None = self.get("progress")
         if progress is not None:
             self.at(progress.percentage)
-        self.set(failure=failure, completion_time=format_time(self._now))
+        self.set(failure=failure)
         self.enter(Phase.FAILED, message)
 
     def succeed(self, message: str) -> None:
+        self._end()
         self.conditions.set(ConditionType.COMPLETE, True, Reason.SUCCEEDED, message)
         self.running(False, Reason.SUCCEEDED, message)
         self.at(100)
-        self.set(completion_time=format_time(self._now))
         self.enter(Phase.SUCCEEDED, message)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from finetune_operator.api import ApiError, ApiServer
 from finetune_operator.observed import Manifest
-from finetune_operator.store import KINDS, Kind, Store
+from finetune_operator.store import KINDS, Kind, Store, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Informer:
         """Takes a watch event; `kind` is ADDED, MODIFIED, DELETED, or None for a listed object."""
         self._proven[watch] = time.monotonic()
         if kind == "DELETED":
-            self._store.remove(body["metadata"]["uid"])
+            self._store.remove(body["metadata"]["uid"], version_of(body))
         else:
             self._store.put(watch[0], body)
 
@@ -61,12 +61,15 @@ class Informer:
         return ages
 
     def health(self) -> tuple[bool, str]:
-        """False if this process should be started anew: a watch hangs although the API server answers others."""
+        """False if this process should be started anew: a watch hangs although the API server answers others.
+
+        Before the first lists it waits for the CRD or for rights; a new start would not help.
+        """
         ages = self.ages()
         words = "\n".join(f"{name}: the watch was proven to work {age:.0f} s ago" for name, age in ages.items())
         answered = self._api.last_answer
         is_reachable = answered is not None and time.monotonic() - answered < REACHABLE_SECONDS
-        return not (is_reachable and max(ages.values()) > OVERDUE_SECONDS), words
+        return not (self.synced.is_set() and is_reachable and max(ages.values()) > OVERDUE_SECONDS), words
 
     async def run(self) -> None:
         """Lists whatever is due, for ever."""

@@ -9,17 +9,26 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from finetune_api.constants import API_VERSION, FIELD_MANAGER, GROUP, KIND, PLURAL, Stage
+from finetune_api.constants import API_VERSION, FIELD_MANAGER, KIND, PLURAL, Stage
 from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
 
 from finetune_operator.api import APPLY_PATCH, MERGE_PATCH, ApiError, ApiServer, api_path
-from finetune_operator.cluster import ClusterError, Event, NameClashError, RejectedError, UnavailableError
+from finetune_operator.cluster import (
+    ClusterError,
+    Event,
+    ForbiddenError,
+    NameClashError,
+    RejectedError,
+    UnavailableError,
+)
+from finetune_operator.diagnose import waiting_trouble
 from finetune_operator.observed import (
     Key,
     Manifest,
     Observed,
     Resource,
+    condition_of,
     format_time,
     is_owned_by,
     is_running,
@@ -27,6 +36,7 @@ from finetune_operator.observed import (
     parse_time,
     stage_of,
 )
+from finetune_operator.render.metadata import JOB_UID_ANNOTATION
 from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
 
 logger = logging.getLogger(__name__)
@@ -39,15 +49,12 @@ PLURALS = {
     "Service": "services",
 }
 REPLACEABLE = ("ConfigMap", "NetworkPolicy")
-"""What is brought up to date when the operator would write it differently today; the rest is immutable."""
-
-JOB_UID_ANNOTATION = f"{GROUP}/job-uid"
-"""Stands for the owner reference on a workspace claim that outlives its FineTuneJob."""
+"""What is brought up to date when it is created once more and would be another one today; the rest is immutable."""
 
 QUIET_START_SECONDS = 5.0
-"""A pod that has waited for longer is asked for its events..."""
+"""What has waited for longer is asked for its events..."""
 
-POD_EVENTS_SECONDS = 5.0
+EVENTS_SECONDS = 5.0
 """...at most this often."""
 
 MAX_EVENT_MESSAGE = 1024
@@ -70,7 +77,7 @@ class KubeCluster:
         self._seconds_to_write = seconds_to_write
         self._progress_of = progress_of
         self._identity = identity
-        self._pod_events: dict[str, tuple[float, Sequence[Manifest]]] = {}  # by pod uid: when asked, answer
+        self._events: dict[str, tuple[float, Sequence[Manifest]]] = {}  # by uid: when asked, answer
 
     # --- reading
 
@@ -96,7 +103,7 @@ class KubeCluster:
             jobs=jobs,
             pods=pods,
             progress=self._progress(current, newest) if current else None,
-            pod_events=await self._events_of_waiting_pod(newest),
+            events=await self._events_of(_waiting(jobs[current], newest)) if current else (),
         )
 
     def _progress(self, stage: Stage, pods: Sequence[Manifest]) -> Progress | None:
@@ -108,26 +115,25 @@ class KubeCluster:
                 return progress
         return None
 
-    async def _events_of_waiting_pod(self, pods: Sequence[Manifest]) -> Sequence[Manifest]:
-        """Why the newest pod does not start, in the words of those who should start it."""
-        pod = pods[-1] if pods else {}
-        created = parse_time(pod["metadata"].get("creationTimestamp")) if pod else None
-        if (pod.get("status") or {}).get("phase") != "Pending" or created is None:
+    async def _events_of(self, waiting: Manifest | None) -> Sequence[Manifest]:
+        """Why a pod does not start or is not made, in the words of those who should do it."""
+        if waiting is None:
             return ()
-        if 0 <= time.time() - created < QUIET_START_SECONDS:
+        metadata = waiting["metadata"]
+        created = parse_time(metadata.get("creationTimestamp"))
+        if created is None or 0 <= time.time() - created < QUIET_START_SECONDS:
             return ()
-        metadata = pod["metadata"]
-        asked, events = self._pod_events.get(metadata["uid"], (None, ()))
-        if asked is not None and time.monotonic() - asked < POD_EVENTS_SECONDS:
+        asked, events = self._events.get(metadata["uid"], (None, ()))
+        if asked is not None and time.monotonic() - asked < EVENTS_SECONDS:
             return events
         try:
             selector = {"fieldSelector": f"involvedObject.uid={metadata['uid']}"}
             events, _ = await self._api.list_all(api_path("v1", "events", metadata["namespace"]), selector)
         except ApiError as error:  # a help for people, not worth a failed reconcile
-            logger.warning("Cannot read the events of pod %s: %s", metadata["name"], error)
+            logger.warning("Cannot read the events of %s: %s", metadata["name"], error)
         events = sorted(events, key=_last_seen)
-        self._pod_events = {uid: entry for uid, entry in self._pod_events.items() if _is_fresh(entry)}
-        self._pod_events[metadata["uid"]] = (time.monotonic(), events)
+        self._events = {uid: entry for uid, entry in self._events.items() if _is_fresh(entry)}
+        self._events[metadata["uid"]] = (time.monotonic(), events)
         return events
 
     # --- writing
@@ -135,6 +141,8 @@ class KubeCluster:
     async def create(self, resource: Resource, manifest: Manifest) -> None:
         """POST, and not server-side apply: that would merge into an object of this name which is not ours."""
         metadata = manifest["metadata"]
+        if manifest["kind"] == "Job":
+            self._wait_for_pods_of_an_earlier_job(resource, manifest)
         collection = api_path(manifest["apiVersion"], PLURALS[manifest["kind"]], metadata["namespace"])
         try:
             answer = await self._write("POST", collection, manifest, query={"fieldManager": FIELD_MANAGER})
@@ -148,6 +156,18 @@ class KubeCluster:
         else:
             if manifest["kind"] == "Job":
                 self._store.put(JOBS, answer)
+
+    def _wait_for_pods_of_an_earlier_job(self, resource: Resource, manifest: Manifest) -> None:
+        """A pod outlives its deleted Job while it saves: two writers on one workspace would be one too many.
+
+        Its end changes the store, and so brings the job back here at once.
+        """
+        jobs = {job["metadata"]["uid"] for job in self._store.get(JOBS, resource.key)}
+        for pod in self._store.get(PODS, resource.key):
+            is_alive = (pod.get("status") or {}).get("phase") in ("Pending", "Running")
+            is_orphan = not any(is_owned_by(pod, uid) for uid in jobs)
+            if is_alive and is_orphan and stage_of(pod) == stage_of(manifest):
+                raise UnavailableError(f"pod {pod['metadata']['name']} of an earlier Job is still ending")
 
     async def _adopt(self, resource: Resource, manifest: Manifest) -> None:
         """Finds out whose the object of that name is, and renews ours where it may be renewed."""
@@ -303,6 +323,16 @@ def _name(manifest: Manifest) -> str:
     return f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
+def _waiting(job: Manifest, pods: Sequence[Manifest]) -> Manifest | None:
+    """What only Events can explain: the newest pod, if it is pending and does not say why itself, or a Job that has no
+    pod at all."""
+    if pods:
+        is_pending = (pods[-1].get("status") or {}).get("phase") == "Pending"
+        return pods[-1] if is_pending and waiting_trouble(pods[-1]) is None else None
+    has_ended = condition_of(job, "Complete") or condition_of(job, "Failed")
+    return None if has_ended or job["spec"].get("suspend") else job
+
+
 def _age_order(pod: Manifest) -> tuple[str, str]:
     return pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]
 
@@ -318,7 +348,7 @@ def _last_seen(event: Manifest) -> str:
 
 
 def _is_fresh(entry: tuple[float, Sequence[Manifest]]) -> bool:
-    return time.monotonic() - entry[0] < POD_EVENTS_SECONDS
+    return time.monotonic() - entry[0] < EVENTS_SECONDS
 
 
 def _is_of_predecessor(existing: Manifest, resource: Resource) -> bool:
@@ -330,5 +360,5 @@ def _is_of_predecessor(existing: Manifest, resource: Resource) -> bool:
 
 
 def _as_cluster_error(what: str, error: ApiError) -> ClusterError:
-    kind = RejectedError if error.status in (400, 413, 422) else UnavailableError
-    return kind(f"{what}: {error}")
+    kinds = {400: RejectedError, 413: RejectedError, 422: RejectedError, 403: ForbiddenError}
+    return kinds.get(error.status or 0, UnavailableError)(f"{what}: {error}")

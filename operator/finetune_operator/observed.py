@@ -41,23 +41,43 @@ class Resource:
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Resource":
-        """From the JSON form. A status that is not ours counts as empty: it is written anew."""
+        """From the JSON form. Of a status that somebody else has written, what cannot be read is left out."""
         metadata = body["metadata"]
-        try:
-            status = FineTuneJobStatus.model_validate_json(json.dumps(body.get("status") or {}))
-        except ValidationError:
-            status = FineTuneJobStatus()
         return cls(
             key=Key(metadata.get("namespace", "default"), metadata["name"]),
             uid=metadata["uid"],
             generation=metadata.get("generation", 1),
             deleting="deletionTimestamp" in metadata,
             spec=json.loads(json.dumps(body.get("spec") or {})),
-            status=status,
+            status=_read_status(body.get("status") or {}),
         )
 
     def child_name(self, stage: Stage) -> str:
         return f"{self.key.name}-{stage}"
+
+
+def _read_status(document: Manifest) -> FineTuneJobStatus:
+    """As much of the status as can be read: what was done must not be forgotten for a field that is not known."""
+    document = json.loads(json.dumps(document))
+    while True:
+        try:
+            return FineTuneJobStatus.model_validate_json(json.dumps(document))
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            path = wrong["loc"][:-1] if wrong["type"] == "missing" else wrong["loc"]
+            if not path:
+                return FineTuneJobStatus()
+            _remove(document, path)
+
+
+def _remove(document: Manifest, path: Sequence[int | str]) -> None:
+    place: Any = document
+    try:
+        for part in path[:-1]:
+            place = place[part]
+        del place[path[-1]]
+    except (KeyError, IndexError, TypeError):  # the path names a step of the validation: the whole field goes
+        del document[str(path[0])]
 
 
 @dataclass(frozen=True)
@@ -70,8 +90,8 @@ class Observed:
     """Pods of each stage, oldest first."""
     progress: Progress | None = None
     """The newest word of the running pod."""
-    pod_events: Sequence[Manifest] = ()
-    """Events about a pod that does not start (core/v1 Event), oldest first."""
+    events: Sequence[Manifest] = ()
+    """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
 
 
 def is_owned_by(child: Mapping[str, Any], uid: str) -> bool:

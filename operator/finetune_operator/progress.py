@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 CONCURRENCY = 50
 TIMEOUT_SECONDS = 2.0
 MAX_BYTES = 64 * 1024
+MAX_SKEW_SECONDS = 86400.0
 MAX_TEXT = 128
 MAX_NUMBER = 2**53
 LONGEST_PAUSE = 12
@@ -112,6 +113,9 @@ class ProgressPoller:
             pod.ask_at = self._clock() + self._every * (min(2**pod.failures, LONGEST_PAUSE) - 0.5)
             level = logging.INFO if pod.failures == FAILURES_TO_TELL else logging.DEBUG
             logger.log(level, "No progress from a pod of %s at %s: %s", pod.key, pod.url, error or type(error).__name__)
+        except Exception:  # one pod's answer never ends the others' polling
+            pod.ask_at = self._clock() + self._every * LONGEST_PAUSE
+            logger.exception("The answer of a pod of %s could not be handled", pod.key)
         else:
             pod.failures, pod.ask_at = 0, 0.0
             if progress != pod.progress and uid in self._pods:
@@ -144,6 +148,8 @@ def read_progress(body: bytes) -> Progress:
             raise ValueError(f"{name} is longer than {MAX_TEXT} characters")
         if isinstance(value, int | float) and not (abs(value) <= MAX_NUMBER or _is_lost_loss(name, value)):
             raise ValueError(f"{name} is out of range")
+    if abs(progress.updated_at - time.time()) > MAX_SKEW_SECONDS:
+        raise ValueError("updatedAt is more than a day off")
     return progress
 
 

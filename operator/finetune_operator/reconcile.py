@@ -16,7 +16,7 @@ from finetune_api.status import FailureStatus, FineTuneJobStatus
 
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import shorten
-from finetune_operator.diagnose import pod_failure, stage_failure, waiting_trouble
+from finetune_operator.diagnose import Trouble, pod_failure, refusal, stage_failure, waiting_trouble
 from finetune_operator.draft import STAGE_SHARE, Draft
 from finetune_operator.observed import (
     Manifest,
@@ -75,9 +75,11 @@ def decide(resource: Resource, observed: Observed, now: float, context: Context)
     except InvalidManifestError as error:
         if _is_finished(resource.status):
             return Decision(resource.status)
+        if resource.status.start_time is not None:
+            return _leave_alone(resource, now, str(error))
         return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
     if _is_finished(resource.status):
-        return _after_the_end(resource, spec, now)
+        return _after_the_end(resource, spec, observed, now)
     draft = Draft(resource, now)
     draft.conditions.set(ConditionType.ACCEPTED, True, Reason.VALID, "the spec is valid")
     _note_suspension(draft, spec)
@@ -90,22 +92,43 @@ def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, 
     if reason is Reason.INVALID_SPEC:
         draft.conditions.set(ConditionType.ACCEPTED, False, reason, message)
     draft.fail(FailureStatus(stage=None, reason=reason, message=shorten(message)))
+    return Decision(draft.status(), change=_stop_all(observed), events=draft.events)
+
+
+def _stop_all(observed: Observed) -> dict[Stage, Manifest]:
     running = [stage for stage, job in observed.jobs.items() if not _has_ended(job) and not _is_suspended(job)]
-    return Decision(draft.status(), change={stage: {"suspend": True} for stage in running}, events=draft.events)
+    return {stage: {"suspend": True} for stage in running}
+
+
+def _leave_alone(resource: Resource, now: float, message: str) -> Decision:
+    """A spec that was understood before has fields of a newer version: its CRD is ahead of this operator."""
+    draft = Draft(resource, now)
+    message = f"{message}; the job goes on, but this operator is older than the resource: upgrade it"
+    draft.conditions.set(ConditionType.ACCEPTED, False, Reason.INVALID_SPEC, message)
+    return Decision(draft.status())
+
+
+def hold_back(resource: Resource, now: float, message: str) -> Decision:
+    """The cluster does not let us act: says so, and leaves the job where it is."""
+    draft = Draft(resource, now)
+    draft.trouble(Reason.FORBIDDEN, message, key="Forbidden")
+    draft.enter(resource.status.phase or Phase.PENDING, message)
+    return Decision(draft.status(), events=draft.events)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
     return status.phase is not None and status.phase.finished
 
 
-def _after_the_end(resource: Resource, spec: FineTuneJobSpec, now: float) -> Decision:
-    """Nothing but the time to live is left; what was reported stays."""
+def _after_the_end(resource: Resource, spec: FineTuneJobSpec, observed: Observed, now: float) -> Decision:
+    """Nothing but the time to live is left; what was reported stays, and nothing runs."""
     status = resource.status.model_copy(update={"observed_generation": resource.generation})
+    stop = _stop_all(observed)
     lifetime, ended = spec.limits.ttl_seconds_after_finished, parse_time(status.completion_time)
     if lifetime is None or ended is None:
-        return Decision(status)
+        return Decision(status, change=stop)
     left = ended + lifetime - now
-    return Decision(status, delete=True) if left <= 0 else Decision(status, requeue_after=left)
+    return Decision(status, delete=True) if left <= 0 else Decision(status, change=stop, requeue_after=left)
 
 
 def _note_suspension(draft: Draft, spec: FineTuneJobSpec) -> None:
@@ -114,6 +137,11 @@ def _note_suspension(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.conditions.set(ConditionType.SUSPENDED, True, Reason.SUSPENDED_BY_USER, message)
     elif draft.conditions.is_true(ConditionType.SUSPENDED):
         draft.conditions.set(ConditionType.SUSPENDED, False, Reason.RESUMED, "spec.suspend is false again")
+
+
+def _was_suspended(status: FineTuneJobStatus) -> bool:
+    """Whether the status still says so: it is written after what it tells was done."""
+    return any(c.type is ConditionType.SUSPENDED and c.status == "True" for c in status.conditions or ())
 
 
 def _is_suspended(job: Manifest) -> bool:
@@ -179,6 +207,9 @@ class _Walk:
 
     def _begin(self, stage: Stage) -> Decision:
         """Creates the stage's children; in their first moment they wait, as far as the status knows."""
+        if self.spec.suspend and self._is_queued(stage):
+            self._wait(stage, Reason.SUSPENDED_BY_USER, "")
+            return self._decision()
         resource = replace(self.resource, status=self.draft.status())
         plan = build_plan(resource, self.spec, stage, self.context.layout)
         children = render_stage(
@@ -196,6 +227,7 @@ class _Walk:
         if self.spec.suspend:
             reason, message = Reason.SUSPENDED_BY_USER, "no pod runs while spec.suspend is true"
         self.draft.running(False, reason, message)
+        self.draft.pause()
         self._enter(WAITING[stage], message)
 
     def _enter(self, phase: Phase, message: str) -> None:
@@ -207,25 +239,39 @@ class _Walk:
         """The stage's Job is at work: says how far it is, or what it waits for."""
         pods = self.observed.pods.get(stage, ())
         attempt = ((job.get("status") or {}).get("failed") or 0) + 1
-        same_attempt = attempt == self.draft.get("attempt")
         self._note_failed_attempt(stage, pods, attempt)
         self.draft.set(attempt=attempt)
+        if self.spec.suspend and self._is_queued(stage):
+            self._wait(stage, Reason.SUSPENDED_BY_USER, "")
+            return self._decision(restart=(stage,))
         change = self._changes(stage, job)
         running = [pod for pod in pods if is_running(pod)]
         if running:
-            self._report(stage, same_attempt)
+            self._report(stage)
             return self._decision(change=change)
         starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
-        trouble = waiting_trouble(starting[-1], self.observed.pod_events) if starting else None
+        trouble = self._trouble(pods, starting)
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
             self._enter(WAITING[stage], trouble.message)
         elif _is_suspended(job) and not self.spec.suspend and "suspend" not in change.get(stage, {}):
-            self._wait(stage, Reason.QUEUED, f"{stage} waits in queue {self._queue()}")
+            queue = self._queue()
+            where = f"in queue {queue}" if queue else "for the controller that has suspended its Job"
+            self._wait(stage, Reason.QUEUED, f"{stage} waits {where}")
         else:
             again = f" again (attempt {attempt})" if attempt > 1 else ""
             self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}")
-        return self._decision(change=change, requeue_after=LOOK_AGAIN_SECONDS if starting else None)
+        return self._decision(change=change, requeue_after=None if _is_suspended(job) else LOOK_AGAIN_SECONDS)
+
+    def _trouble(self, pods: Sequence[Manifest], starting: Sequence[Manifest]) -> Trouble | None:
+        """Why nothing runs; None while it is only a matter of time."""
+        if starting:
+            return waiting_trouble(starting[-1], self.observed.events)
+        return None if pods else refusal(self.observed.events)
+
+    def _is_queued(self, stage: Stage) -> bool:
+        """Kueue alone says when such a Job runs, and would take our `suspend` back: to suspend it we delete it."""
+        return stage is Stage.TRAIN and self._queue() is not None
 
     def _queue(self) -> str | None:
         return self.spec.scheduling.queue_name if self.spec.scheduling else None
@@ -233,11 +279,11 @@ class _Walk:
     def _changes(self, stage: Stage, job: Manifest) -> dict[Stage, Manifest]:
         """What the user may edit while the Job exists: suspend and limits.
 
-        Kueue alone says when a queued Job may run: its `suspend` is never taken back by us.
+        A Job that we did not suspend is another controller's to resume (Kueue may manage Jobs without a queue too).
         """
         limits = self.spec.limits
         wanted = {"backoffLimit": limits.retries, "activeDeadlineSeconds": limits.active_deadline_seconds}
-        if self.spec.suspend or stage is not Stage.TRAIN or self._queue() is None:
+        if self.spec.suspend or _was_suspended(self.resource.status):
             wanted["suspend"] = self.spec.suspend
         changes = {name: value for name, value in wanted.items() if (job["spec"].get(name) or None) != (value or None)}
         return {stage: changes} if changes else {}
@@ -251,13 +297,13 @@ class _Walk:
             message = f"attempt {attempt - 1} of {stage} failed: {trouble.message}"
             self.draft.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-{attempt}"))
 
-    def _report(self, stage: Stage, same_attempt: bool) -> None:
+    def _report(self, stage: Stage) -> None:
         progress = self.observed.progress
         if progress is None or progress.stage is not stage:
             self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
             self._enter(WORKING[stage], f"{stage} runs")
             return
-        self.draft.follow(stage, progress, same_attempt)
+        self.draft.follow(stage, progress)
         if stage is Stage.TRAIN:
             resource = replace(self.resource, status=self.draft.status())
             plan = build_plan(resource, self.spec, stage, self.context.layout)

@@ -36,6 +36,10 @@ PODS = Kind("v1", "pods", JOB_LABEL)
 KINDS = (FINE_TUNE_JOBS, JOBS, PODS)
 
 
+REMEMBERED = 10_000
+"""Deletions that are kept in mind."""
+
+
 def key_of(kind: Kind, body: Manifest) -> Key | None:
     """The FineTuneJob that the object is, or is labelled with."""
     metadata = body["metadata"]
@@ -50,6 +54,7 @@ class Store:
         self.changed: Callable[[Key], None] = lambda _: None
         self._objects: dict[Kind, dict[Key, dict[str, Manifest]]] = {kind: {} for kind in KINDS}  # by uid
         self._keys: dict[str, tuple[Kind, Key]] = {}  # by uid
+        self._gone: dict[str, int] = {}  # uid -> resourceVersion of the deletion; the newest REMEMBERED
 
     def known(self) -> Collection[Key]:
         """All FineTuneJobs."""
@@ -67,6 +72,8 @@ class Store:
     def put(self, kind: Kind, body: Manifest) -> bool:
         """Takes the object's state unless a newer one is known; says whether it did."""
         uid = body["metadata"]["uid"]
+        if version_of(body) <= self._gone.get(uid, -1):  # an older list, or the answer to a write, comes late
+            return False
         old = self.find(uid)
         if old is not None and not _is_newer(body, old):
             return False
@@ -85,7 +92,11 @@ class Store:
         if body["metadata"]["uid"] in self._keys:
             self.put(kind, body)
 
-    def remove(self, uid: str) -> None:
+    def remove(self, uid: str, version: int) -> None:
+        """Forgets an object that was deleted at this resourceVersion: no older state of it comes back."""
+        self._gone[uid] = version
+        if len(self._gone) > REMEMBERED:
+            del self._gone[next(iter(self._gone))]
         if uid in self._keys:
             self.changed(self._remove(uid))
 
@@ -96,8 +107,8 @@ class Store:
         for key, body in list(self.all(kind)):
             uid = body["metadata"]["uid"]
             gone = uid not in present and namespace in (None, key.namespace)
-            if gone and _version_of(body) <= int(version or 0):  # else it is younger than the list
-                self.remove(uid)
+            if gone and version_of(body) <= int(version or 0):  # else it is younger than the list
+                self.remove(uid, int(version or 0))
                 differences += 1
         return differences
 
@@ -122,12 +133,12 @@ def _without_managed_fields(body: Manifest) -> Manifest:
     return {**body, "metadata": {k: v for k, v in body["metadata"].items() if k != "managedFields"}}
 
 
-def _version_of(body: Manifest) -> int:
+def version_of(body: Manifest) -> int:
     """resourceVersion as the integer that it is (KEP-5504), 0 for one that is none: then the last word counts."""
     text = str(body["metadata"].get("resourceVersion", ""))
     return int(text) if text.isdecimal() else 0
 
 
 def _is_newer(new: Manifest, old: Manifest) -> bool:
-    versions = _version_of(new), _version_of(old)
+    versions = version_of(new), version_of(old)
     return 0 in versions or versions[0] > versions[1]

@@ -72,6 +72,17 @@ def test_a_pod_that_cannot_be_scheduled_tells_the_schedulers_words(workbench: Wo
     workbench.delete(name)
 
 
+def test_a_pod_that_the_cluster_refuses_tells_the_clusters_words(workbench: Workbench) -> None:
+    name = workbench.submit(tiny_classification(scheduling={"priorityClassName": "no-such-class"}))
+
+    def told(job: dict[str, object]) -> bool:
+        return kit.condition(job, "Running").get("reason") == "PodRefused"
+
+    job = kit.wait_for(workbench.namespace, name, told, 60, "Running=False, PodRefused")
+    assert "no-such-class" in job["status"]["message"]
+    workbench.delete(name)
+
+
 def test_a_source_that_does_not_exist_tells_the_kubelets_words(workbench: Workbench) -> None:
     spec = tiny_classification()
     spec["dataset"] = {**spec["dataset"], "sources": [{"uri": "configmap://not-there/rows.jsonl"}]}

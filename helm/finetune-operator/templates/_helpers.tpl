@@ -58,20 +58,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch, delete] # delete: limits.ttlSecondsAfterFinished
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
-  verbs: [get, patch]
+  verbs: [patch]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [""]
-  resources: [configmaps, persistentvolumeclaims, services]
-  verbs: [get, create, patch]
+  resources: [persistentvolumeclaims]
+  verbs: [get, create]
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get, create, update] # update: one that an earlier version of the operator has made
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, create, patch]
+  verbs: [get, create, update]
 - apiGroups: [""]
   resources: [events]
-  verbs: [list, create, patch] # list: the scheduler's and the kubelet's words about a pod
+  verbs: [list, create] # list: the scheduler's and the kubelet's words about a pod
 {{- end }}

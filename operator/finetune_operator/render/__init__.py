@@ -41,11 +41,9 @@ def render_stage(
 
 
 def _plan_config_map(resource: Resource, plan: Plan) -> Manifest:
-    """Immutable: all attempts of a stage follow the same plan."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": render_metadata(resource, resource.child_name(plan.stage), plan.stage),
-        "immutable": True,
         "data": {"plan.json": plan.to_json(indent=2)},
     }

@@ -9,10 +9,13 @@ from finetune_operator.settings import OPERATOR_LABELS, Settings
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 """Label that the API server puts on every namespace."""
 
-METADATA_SERVICES = {"0.0.0.0/0": ["169.254.169.254/32"], "::/0": ["fd00:ec2::254/128", "fd20:ce::254/128"]}
-"""Network -> addresses in it where clouds hand out the node's own credentials (AWS, Azure and others; AWS and
-Google on IPv6). A URI that a user wrote must not borrow them: credentials come by secretRef, or by a token that the
-platform projects into the pod (IRSA, Azure Workload Identity)."""
+METADATA_SERVICES = {
+    "0.0.0.0/0": ["169.254.169.254/32", "100.100.100.200/32"],
+    "::/0": ["fd00:ec2::254/128", "fd20:ce::254/128"],
+}
+"""Network -> addresses in it where clouds hand out the node's own credentials (AWS, Azure and others; Alibaba;
+AWS and Google on IPv6). A URI that a user wrote must not borrow them: credentials come by secretRef, or by a
+token that the platform projects into the pod (IRSA, Azure Workload Identity)."""
 
 
 def render_network_policy(resource: Resource, stage: Stage, settings: Settings) -> Manifest:

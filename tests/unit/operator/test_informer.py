@@ -50,12 +50,12 @@ def test_every_change_is_told_with_the_jobs_key_and_nothing_else_is():
     store.put(JOBS, body(version="5"))
     store.put(JOBS, body(version="5"))
     store.put(JOBS, body(version="4"))
-    store.remove("unknown")
+    store.remove("unknown", 10**9)
     assert told == [KEY]
     store.put(JOBS, body(version="6", label="renamed"))
     assert told == [KEY, Key("team", "renamed")]
     assert names(store, JOBS) == []
-    store.remove("u1")
+    store.remove("u1", 10**9)
     assert told[2:] == [Key("team", "renamed")]
 
 
@@ -63,7 +63,7 @@ def test_of_two_objects_of_one_name_both_are_kept_until_one_is_deleted():
     store = Store()
     store.put(JOBS, body("new", "9"))
     store.put(JOBS, body("old", "3"))
-    store.remove("old")
+    store.remove("old", 10**9)
     assert names(store, JOBS) == ["new"]
 
 
@@ -172,10 +172,27 @@ async def test_it_lists_by_itself_from_time_to_time(world, monkeypatch):
     assert len(store.get(JOBS, KEY)) == 1
 
 
+def test_a_deleted_object_does_not_come_back_with_an_older_list():
+    store = Store()
+    old = body("u1", "1")
+    store.put(JOBS, old)
+    store.remove("u1", 5)
+    store.replace(JOBS, None, [old], "4")
+    assert not store.put(JOBS, old)
+    assert names(store, JOBS) == []
+    assert store.put(JOBS, body("u1", str(10))), "it lost its label for a while"
+
+
 async def test_it_is_unhealthy_only_if_a_watch_hangs_while_the_server_answers(world, monkeypatch):
     _, _, informer = world
     clock = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    for kind in KINDS:
+        informer.answered((kind, None), listed=False)
+    clock[0] += 1000
+    informer._api.last_answer = clock[0]
+    assert informer.health()[0], "before the first lists it waits for the CRD or for rights: a restart would not help"
+    informer.synced.set()
     for kind in KINDS:
         informer.answered((kind, None), listed=False)
     clock[0] += 290

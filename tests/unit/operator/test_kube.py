@@ -7,8 +7,9 @@ from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, Phas
 from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cluster import Event, NameClashError, RejectedError, UnavailableError
-from finetune_operator.kube import JOB_UID_ANNOTATION, KubeCluster
+from finetune_operator.kube import KubeCluster
 from finetune_operator.observed import Key, format_time
+from finetune_operator.render.metadata import JOB_UID_ANNOTATION
 from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
 
 from tests.fake_kubernetes import fake_kubernetes, status
@@ -242,7 +243,7 @@ async def test_deleting_is_for_exactly_this_resource(world):
     await world.cluster.delete(resource)
     assert world.fake.objects[RESOURCE] == newer
     world.store.put(FINE_TUNE_JOBS, newer)
-    world.store.remove(resource.uid)
+    world.store.remove(resource.uid, 10**9)
     await world.cluster.delete(await world.resource())
     assert RESOURCE not in world.fake.objects
 
@@ -276,7 +277,7 @@ async def test_the_status_of_a_resource_that_was_made_anew_is_not_written(world)
 async def test_a_resource_that_is_deleted_while_its_status_is_written_stays_deleted(world):
     resource = await world.resource()
     answer = world.fake.put(RESOURCE, {"spec": {}, "status": {"phase": "Pending"}})
-    world.store.remove(resource.uid)
+    world.store.remove(resource.uid, 10**9)
     world.store.update(FINE_TUNE_JOBS, answer)
     assert await world.cluster.observe(KEY) is None
 
@@ -360,10 +361,30 @@ async def test_the_events_of_a_pod_that_does_not_start_are_read_and_not_too_ofte
 
     world.pod(job, "running")
     world.pod(job, "new", format_time(time.time()), phase="Pending")
-    assert (await world.observed()).pod_events == ()
+    assert (await world.observed()).events == ()
     assert not asked(), "it has only just been made"
     pod = world.pod(job, "stuck", format_time(time.time() + 3600), phase="Pending")  # the server's clock is ahead
     for _ in range(3):
-        assert [event["reason"] for event in (await world.observed()).pod_events] == ["R2", "R1"], "oldest first"
+        assert [event["reason"] for event in (await world.observed()).events] == ["R2", "R1"], "oldest first"
     assert len(asked()) == 1
     assert f"involvedObject.uid%3D{pod['metadata']['uid']}" in asked()[0].replace("=", "%3D")
+
+
+async def test_the_events_of_a_job_that_gets_no_pod_are_read(world):
+    world.fake.put(f"/api/v1{NAMESPACE}/events/e1", {"reason": "FailedCreate", "lastTimestamp": "2026-01-01T00:00:09Z"})
+    job = world.job()
+    job["metadata"]["creationTimestamp"] = format_time(time.time() - 60)
+    world.store.put(JOBS, {**job, "metadata": {**job["metadata"], "resourceVersion": "999999"}})
+    assert [event["reason"] for event in (await world.observed()).events] == ["FailedCreate"]
+
+
+async def test_a_job_waits_for_the_pod_of_its_deleted_forerunner(world):
+    resource, job = await world.resource(), world.job()
+    pod = world.pod(job, "ending")
+    world.store.remove(job["metadata"]["uid"], 10**9)
+    del world.fake.objects[JOB]
+    manifest = world.child()
+    with pytest.raises(UnavailableError, match="is still ending"):
+        await world.cluster.create(resource, manifest)
+    world.store.remove(pod["metadata"]["uid"], 10**9)
+    await world.cluster.create(resource, manifest)

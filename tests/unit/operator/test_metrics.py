@@ -68,7 +68,7 @@ async def test_a_running_job_has_series_which_go_when_it_finishes(world):
     assert not [name for name in await world.series() if about in name]
     world.job("b", 3, phase="Training", metrics={"trainingLoss": "nan"})
     assert str((await world.series())["job_loss['b', 'team']"]) == "nan"
-    world.store.remove("b")
+    world.store.remove("b", 10**9)
     assert not [name for name in await world.series() if "'b'" in name]
 
 

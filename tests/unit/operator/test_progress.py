@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 KEY = Key("team", "demo")
-PROGRESS = Progress(stage=Stage.TRAIN, activity="Training", fraction=0.5, training_loss=1.5, updated_at=1.0)
+PROGRESS = Progress(
+    stage=Stage.TRAIN, activity="Training", fraction=0.5, training_loss=1.5, updated_at=float(int(time.time()))
+)
 
 
 class Trainer:
@@ -212,6 +214,8 @@ def test_a_loss_may_be_lost(value):
         ("peakMemoryBytes", 10**400),
         ("step", -(2**60)),
         ("updatedAt", float("inf")),
+        ("updatedAt", 9e15),
+        ("updatedAt", 1.0),
         ("estimatedRemainingSeconds", float("nan")),
         ("estimatedRemainingSeconds", 1e300),
         ("trainingLoss", 1e300),

@@ -6,7 +6,7 @@ import pytest
 from finetune_api.constants import Phase, Reason, Stage
 from finetune_api.progress import Outcome, Result
 from finetune_api.status import GateResult
-from finetune_operator.cluster import NameClashError, RejectedError, UnavailableError
+from finetune_operator.cluster import ForbiddenError, NameClashError, RejectedError, UnavailableError
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -89,27 +89,36 @@ async def test_what_the_device_decided_is_still_told_at_the_end(cluster: FakeClu
     assert resolved is not None and (resolved.device, resolved.precision) == (TRAINED.device, TRAINED.precision)
 
 
-async def test_progress_never_goes_back_within_an_attempt_but_tells_the_truth_after_a_crash(
-    cluster: FakeCluster,
-) -> None:
+async def test_after_a_crash_the_progress_tells_the_truth(cluster: FakeCluster) -> None:
     await cluster.pass_through(Stage.PREPARE)
     cluster.start(Stage.TRAIN)
-    cluster.say(Stage.TRAIN, fraction=0.8, step=52, total_steps=66)
-    await cluster.settle()
-    cluster.say(Stage.TRAIN, fraction=0.7, step=46, total_steps=66)
+    cluster.say(Stage.TRAIN, fraction=0.8, step=52, total_steps=66, estimated_remaining_seconds=60.0)
     await cluster.settle()
     assert cluster.status.progress is not None and cluster.status.progress.percentage == 78
     cluster.crash(Stage.TRAIN, 137, final=False)
     await cluster.settle()
     assert cluster.status.phase is Phase.QUEUED
+    assert cluster.status.progress.eta is None, "nothing runs: nothing is estimated"
     cluster.start(Stage.TRAIN)
     await cluster.settle()
     cluster.say(Stage.TRAIN, fraction=0.6, step=40, total_steps=66)
     await cluster.settle()
     assert cluster.status.attempt == 2
-    assert cluster.status.progress.step == 40
+    assert (cluster.status.progress.step, cluster.status.progress.percentage) == (40, 61)
     warning = [event for event in cluster.events.values() if event.type == "Warning"]
     assert len(warning) == 1 and "attempt 1 of train failed" in warning[0].message and "SIGKILL" in warning[0].message
+
+
+async def test_a_phase_that_comes_again_is_an_event_again(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.pods[Stage.TRAIN].clear()  # a disruption: the Job makes a new pod, and counts no failure
+    cluster.now += 60
+    await cluster.settle()
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    assert [event.reason for event in cluster.events.values()].count("Training") == 2
 
 
 async def test_a_user_error_fails_the_job_with_its_own_words(cluster: FakeCluster) -> None:
@@ -175,6 +184,30 @@ async def test_a_pod_that_cannot_start_says_why_and_the_job_waits(cluster: FakeC
     assert {reason for reason, _ in cluster.events} >= {"Unschedulable", "ImageNotPulled", "ContainerConfigError"}
 
 
+async def test_a_pod_that_the_cluster_refuses_is_told_and_the_job_waits(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.pod_events.append({"reason": "FailedCreate", "message": "exceeded quota: team, requested: pods=1"})
+    assert await cluster.turn() is not None
+    assert cluster.condition("Running") == ("False", "PodRefused")
+    assert "exceeded quota" in (cluster.status.message or "")
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PREPARING
+
+
+async def test_a_child_that_may_not_be_made_yet_is_told_and_tried_again(cluster: FakeCluster) -> None:
+    cluster.create_error = ForbiddenError("cannot create Job demo-prepare: exceeded quota")
+    for _ in range(2):
+        with pytest.raises(ForbiddenError):
+            await cluster.turn()
+    assert cluster.status.phase is Phase.PENDING
+    assert cluster.condition("Running") == ("False", "Forbidden")
+    assert cluster.status_writes == 1
+    cluster.create_error = None
+    await cluster.settle()
+    assert cluster.condition("Running") == ("False", "PodStarting")
+
+
 async def test_suspended_at_creation_children_exist_and_wait(cluster: FakeCluster) -> None:
     cluster.edit(suspend=True)
     await cluster.settle()
@@ -214,6 +247,77 @@ async def test_edited_limits_reach_the_running_job(cluster: FakeCluster) -> None
     cluster.edit(limits={})
     await cluster.settle()
     assert (spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (3, None)
+
+
+async def test_a_queued_training_is_suspended_by_deleting_its_job(cluster: FakeCluster) -> None:
+    cluster.edit(scheduling={"queueName": "team-queue"})
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    assert Stage.TRAIN not in cluster.jobs, "Kueue would take a suspend back"
+    assert cluster.status.phase is Phase.SUSPENDED
+    cluster.edit(suspend=False)
+    await cluster.settle()
+    assert Stage.TRAIN in cluster.jobs
+    assert cluster.status.phase is Phase.QUEUED
+
+
+async def test_a_job_that_another_controller_has_suspended_is_left_to_it(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.jobs[Stage.PREPARE]["spec"]["suspend"] = True
+    await cluster.settle()
+    assert cluster.jobs[Stage.PREPARE]["spec"]["suspend"] is True
+    assert cluster.condition("Running") == ("False", "Queued")
+
+
+async def test_a_resource_newer_than_this_operator_does_not_end_its_jobs(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    await cluster.settle()
+    cluster.edit(fieldOfTheFuture=True)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.TRAINING
+    assert cluster.condition("Accepted") == ("False", "InvalidSpec")
+    assert cluster.jobs[Stage.TRAIN]["spec"]["suspend"] is False
+
+
+async def test_a_status_with_fields_of_the_future_forgets_nothing(cluster: FakeCluster) -> None:
+    await cluster.pass_through(*Stage)
+    assert cluster.body is not None
+    status = cluster.body["status"]
+    status["result"]["fieldOfTheFuture"] = 1
+    status["conditions"][0]["reason"] = "ReasonOfTheFuture"
+    del status["conditions"][1]["message"]
+    status["data"]["tokens"] = "many"
+    cluster.jobs.clear()
+    cluster.pods.clear()
+    await cluster.settle()
+    assert cluster.status.phase is Phase.SUCCEEDED
+    assert cluster.status.result is not None and cluster.status.result.artifact is not None
+    assert not cluster.jobs
+
+
+async def test_a_hand_written_end_stops_what_runs(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    assert cluster.body is not None
+    cluster.body["status"]["phase"] = "Failed"
+    await cluster.settle()
+    assert cluster.jobs[Stage.PREPARE]["spec"]["suspend"] is True
+
+
+async def test_a_job_that_ends_while_it_is_being_suspended_is_not_suspended(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE, Stage.TRAIN)
+    cluster.start(Stage.PUBLISH)
+    await cluster.settle()
+    cluster.edit(suspend=True)
+    cluster.finish(Stage.PUBLISH)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.SUCCEEDED
+    assert (cluster.condition("Suspended") or ("False", ""))[0] == "False"
 
 
 async def test_the_suspend_of_a_queued_job_is_kueues(cluster: FakeCluster) -> None:

