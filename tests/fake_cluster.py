@@ -161,12 +161,16 @@ class FakeCluster:
 
     def finish(self, stage: Stage, result: Result | None = None) -> None:
         """The running pod ends well, and its Job with it."""
-        message = (result or success(stage)).to_termination_message()
-        self._end(stage, "Succeeded", {"exitCode": 0, "reason": "Completed", "message": message})
+        self.finish_pod(stage, result)
         self.jobs[stage]["status"] = {
             "conditions": [{"type": "Complete", "status": "True"}],
             "completionTime": format_time(self.now),
         }
+
+    def finish_pod(self, stage: Stage, result: Result | None = None) -> None:
+        """The running pod ends well; its Job does not know yet."""
+        message = (result or success(stage)).to_termination_message()
+        self._end(stage, "Succeeded", {"exitCode": 0, "reason": "Completed", "message": message})
 
     def crash(self, stage: Stage, code: int, *, reason: str = "Error", said: Result | None = None, final: bool) -> None:
         """The running pod ends badly; `final`: its Job gives up."""

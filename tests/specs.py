@@ -90,6 +90,14 @@ def _pattern(path: str, value: Any, place: str = "") -> Invalid:
     return _bound(path, value, "should match '", "should match pattern '", place=place)
 
 
+def _quantity(path: str, value: Any, words: str = "should match '") -> Invalid:
+    return _bound(path, value, words, "expected a Kubernetes quantity such as 500m or 16Gi")
+
+
+def _name(path: str, value: Any, place: str = "") -> Invalid:
+    return _bound(path, value, "should match '", "expected a name of a-z, 0-9, '-' and '.'", place=place)
+
+
 def _too_long(path: str, length: int, value: Any = None, place: str = "", **others: Any) -> Invalid:
     words = f"may not be more than {length} bytes"
     text = "x" * (length + 1)
@@ -132,6 +140,7 @@ def _uri(uri: str, words: str) -> Invalid:
 
 _TERM = "scheduling.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution"
 _PREFERRED = "scheduling.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution"
+_RATHER_NEAR = "scheduling.affinity.podAffinity.preferredDuringSchedulingIgnoredDuringExecution"
 _NEAR = "scheduling.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution"
 
 BOUNDS = [
@@ -139,7 +148,7 @@ BOUNDS = [
     _too_long("model.uri", 1024, "hf://owner/" + "x" * 1024),
     _pattern("model.revision", "main branch"),
     _too_long("model.revision", 128),
-    _pattern("model.secretRef.name", "My_Secret"),
+    _name("model.secretRef.name", "My_Secret"),
     _too_long("model.secretRef.name", 253),
     _bound("model.trustRemoteCode", "true", "must be of type boolean", "should be a valid boolean"),
     _bound("dataset.sources", [], "should have at least 1 items", "should have at least 1 item"),
@@ -195,16 +204,17 @@ BOUNDS = [
     *_range("resources.nodes", 0, "greater than or equal to 1", 2, "less than or equal to 1"),
     _too_many_keys("resources.requests", 16, 1),
     _too_many_keys("resources.limits", 16, 1),
-    _pattern("resources.requests.memory", "8GB"),
-    _pattern("resources.limits.memory", "8 Gi"),
-    _pattern("resources.limits.cpu", "-1"),
-    _bound("resources.limits.cpu", -1, "greater than or equal to 0", "should match pattern"),
-    _bound("resources.limits.cpu", 1.5, "must be of type integer,string", "should be a valid string"),
-    _pattern("resources.prepare.requests.memory", "1.2.3"),
-    _pattern("resources.prepare.limits.memory", "8K"),
-    _pattern("scheduling.queueName", "team/a"),
+    _quantity("resources.requests.memory", "8GB"),
+    _quantity("resources.limits.memory", "8 Gi"),
+    _quantity("resources.limits.cpu", "-1"),
+    _quantity("resources.limits.cpu", -1, "greater than or equal to 0"),
+    _quantity("resources.limits.cpu", 1.5, "must be of type integer,string"),
+    _quantity("resources.prepare.requests.memory", "1.2.3"),
+    _too_many_keys("resources.prepare.limits", 16, 1),
+    _quantity("resources.prepare.limits.memory", "8K"),
+    _name("scheduling.queueName", "team/a"),
     _too_long("scheduling.queueName", 63),
-    _pattern("scheduling.priorityClassName", "High"),
+    _name("scheduling.priorityClassName", "High"),
     _pattern("scheduling.nodeSelector.pool", "a b"),
     _too_long("scheduling.nodeSelector.pool", 63),
     _too_many_keys("scheduling.nodeSelector", 32, "y"),
@@ -234,15 +244,26 @@ BOUNDS = [
              "[0].labelSelector.matchLabels.app"),
     _bound(_NEAR, [{"topologyKey": "a", "labelSelector": {"matchLabels": {f"k{i}": "" for i in range(33)}}}],
            "must have at most 32 items", "should have at most 32 items", place="[0].labelSelector.matchLabels"),
-    _pattern("workspace.claimName", "My_Claim"),
-    _pattern("workspace.size", "20 GB"),
-    _bound("workspace.size", True, "must be of type integer,string", "should be a valid string"),
+    _pattern(_NEAR, [{"topologyKey": "a", "labelSelector": {"matchExpressions": [{"key": "a b", "operator": "Exists"}]}}],
+             "[0].labelSelector.matchExpressions[0].key"),
+    _pattern(_NEAR, [{"topologyKey": "a", "labelSelector": {
+        "matchExpressions": [{"key": "a", "operator": "In", "values": ["b c"]}]}}],
+             "[0].labelSelector.matchExpressions[0].values[0]"),
+    _too_many(_NEAR, 8, {"key": "a", "operator": "Exists"}, "[0].labelSelector.matchExpressions",
+              lambda some: [{"topologyKey": "a", "labelSelector": {"matchExpressions": some}}]),
+    _name(_NEAR, [{"topologyKey": "a", "namespaces": ["Team"]}], "[0].namespaces[0]"),
+    _too_many(_RATHER_NEAR, 4, {"weight": 1, "podAffinityTerm": {"topologyKey": "a"}}),
+    _bound(_RATHER_NEAR, [{"weight": 0, "podAffinityTerm": {"topologyKey": "a"}}], "greater than or equal to 1",
+           place="[0].weight"),
+    _name("workspace.claimName", "My_Claim"),
+    _quantity("workspace.size", "20 GB"),
+    _quantity("workspace.size", True, "must be of type integer,string"),
     _too_long("workspace.size", 32, "1" * 33),
-    _pattern("workspace.storageClassName", "Fast!"),
+    _name("workspace.storageClassName", "Fast!"),
     _choice("workspace.accessMode", "ReadOnlyMany"),
     _choice("output.format", "GGUF"),
     _too_long("output.uri", 1024, "s3://bucket/" + "x" * 1024),
-    _pattern("output.secretRef.name", "My_Secret"),
+    _name("output.secretRef.name", "My_Secret"),
     _bound("suspend", "yes", "must be of type boolean", "should be a valid boolean"),
     *_range("limits.activeDeadlineSeconds", 0, "greater than or equal to 1", 31536001, "less than or equal to"),
     *_range("limits.retries", -1, "greater than or equal to 0", 101, "less than or equal to 100"),
@@ -280,6 +301,14 @@ RULES = [
         for uri in ("pvc://claim/../other", "s3://bucket/a/..", "configmap://name/..")
     ),
     _uri("https://me:secret@host/file", "a URI may not contain a password"),
+    *(
+        Invalid(f"model {uri}", {"model.uri": uri}, field="spec.model.uri", words=words)
+        for uri, words in (
+            ("owner/name", "expected one of hf://owner/name"),
+            ("pvc://claim/..", "a path may not contain '..'"),
+            ("https://me:secret@host/model", "a URI may not contain a password"),
+        )
+    ),
     Invalid("local model", {"model.uri": "file://model"}, field="spec.model.uri",
             words="file:// works only with `finetune run`", cluster_only=True),
     Invalid("local source", {"dataset.sources": [{"uri": "file://a.csv"}]}, field="spec.dataset.sources[0].uri",
@@ -379,7 +408,7 @@ INVALID = BOUNDS + RULES
 
 UNKNOWN_FIELDS = [
     Invalid(f"unknown {path}", {path: 1}, field=f"spec.{path}", words=f'unknown field "spec.{path}"', our_words="unknown field")
-    for path in ("epochs", "model.url", "training.lr", "method.lora.r", "resources.gpu", "scheduling.affinity.nodes")
+    for path in ("epochs", "model.url", "training.lr", "training.learning_rate", "method.lora.r", "resources.gpu", "scheduling.affinity.nodes")
 ]  # fmt: skip
 
 EVERYTHING: Changes = {

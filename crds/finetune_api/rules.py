@@ -4,7 +4,7 @@ Needs cel-python and kubernetes, which the operator's extra brings; the trainer 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -14,8 +14,9 @@ from celpy.celtypes import BoolType
 from kubernetes.utils.quantity import parse_quantity
 from pydantic import ValidationError
 
+from finetune_api.advice import Path, dotted, explain, explain_uri
 from finetune_api.base import Document, Rule
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import URI_FORM, FineTuneJobSpec
 from finetune_api.v1alpha1 import FineTuneJob
 
 M = TypeVar("M", bound=Document)
@@ -51,60 +52,61 @@ def parse_job(manifest: dict[str, Any]) -> FineTuneJob:
 
     Raises InvalidManifestError with every finding.
     """
-    job = _parse(FineTuneJob, {key: value for key, value in manifest.items() if key != "status"}, "")
-    findings = list(_broken_rules(job, ""))
+    job = _parse(FineTuneJob, {key: value for key, value in manifest.items() if key != "status"}, ())
+    findings = list(_broken_rules(job, (), lambda rule: not rule.cluster_only))
     if findings:
         raise InvalidManifestError(findings)
     return job
 
 
+def local_only(job: FineTuneJob) -> list[Finding]:
+    """What `finetune run` accepts and a cluster would refuse at creation."""
+    return list(_broken_rules(job, (), lambda rule: rule.cluster_only and "oldSelf" not in rule.rule))
+
+
 def parse_spec(spec: dict[str, Any]) -> FineTuneJobSpec:
     """A spec that an API server has already accepted. Raises InvalidManifestError if its CRD was not ours."""
-    return _parse(FineTuneJobSpec, spec, "spec")
+    return _parse(FineTuneJobSpec, spec, ("spec",))
 
 
-def _parse(model: type[M], document: dict[str, Any], path: str) -> M:
+def _parse(model: type[M], document: dict[str, Any], path: Path) -> M:
     try:
-        return model.model_validate_json(json.dumps(_as_sent(document), default=str), strict=True)
+        return model.model_validate_json(json.dumps(_as_sent(document), default=str), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise InvalidManifestError([_finding(e, path) for e in error.errors(include_url=False)]) from None
+        places = [(e, (*path, *e["loc"])) for e in error.errors(include_url=False)]
+        raise InvalidManifestError([Finding(dotted(place), explain(e, place)) for e, place in places]) from None
 
 
 def _as_sent(value: Any) -> Any:
-    """The value as it reaches the API server's checks: kubectl sends 2.0 as 2, and `key: null` counts as left out."""
+    """The value as it reaches the API server's checks: kubectl sends 2.0 as 2, what has more than 64 bits is no
+    integer, and `key: null` counts as left out.
+    """
     if isinstance(value, dict):
         return {key: _as_sent(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_as_sent(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return float(str(value)) if type(value) is int and abs(value) >= 2**63 else value
 
 
-def _finding(error: Any, path: str) -> Finding:
-    field = path
-    for part in error["loc"]:
-        field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else str(part)
-    if error["type"] == "extra_forbidden":
-        return Finding(field, "unknown field; see `kubectl explain ftj --recursive` for those that exist")
-    if error["type"] == "missing":
-        return Finding(field, "is required")
-    found = json.dumps(error["input"], default=str, ensure_ascii=False)
-    return Finding(field, f"{error['msg'][0].lower()}{error['msg'][1:]}, found {found[:80]}")
-
-
-def _broken_rules(document: Document, path: str) -> Iterator[Finding]:
+def _broken_rules(document: Document, path: Path, applies: Callable[[Rule], bool]) -> Iterator[Finding]:
     data = celpy.json_to_cel(document.to_dict())
     for rule in document.rules:
-        if not rule.cluster_only and not _holds(rule, data):
-            yield Finding(".".join(part for part in (path, rule.field) if part), rule.message)
+        if applies(rule) and not _holds(rule, data):
+            place = (*path, *filter(None, rule.field.split(".")))
+            is_form = rule.message == URI_FORM
+            message = explain_uri(rule.message, place, data["uri"]) if is_form else rule.message
+            yield Finding(dotted(place), message)
     for name, field in type(document).model_fields.items():
         value = getattr(document, name)
-        child = f"{path}.{field.alias}" if path else str(field.alias)
+        child = (*path, str(field.alias))
         if isinstance(value, Document):
-            yield from _broken_rules(value, child)
+            yield from _broken_rules(value, child, applies)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, Document):
-                    yield from _broken_rules(item, f"{child}[{index}]")
+                    yield from _broken_rules(item, (*child, index), applies)
 
 
 def _holds(rule: Rule, data: Any) -> bool:

@@ -32,6 +32,7 @@ URI_HELP = (
     "hf://owner/name, s3://bucket/path, gs://bucket/path, az://container/path, https://host/path, "
     "pvc://claim/path, configmap://name/key; with `finetune run` also file://path, relative to the manifest"
 )
+URI_FORM = f"expected one of {URI_HELP}"
 # No separators and no control or format characters: URIs are printed at terminals.
 _CHARACTER = r"[^\pZ\pC]"
 _SOME = rf"[^/\pZ\pC]{_CHARACTER}*"
@@ -46,7 +47,7 @@ def uri_rules(output: bool = False) -> tuple[Rule, ...]:
     """Rules of a model with a `uri`: its form, no way out of a folder, no local files in a cluster, a scheme that can be written."""
     unset = "!has(self.uri) || " if output else ""
     rules = [
-        Rule(f"{unset}self.uri.matches(r'{_URI}')", f"expected one of {URI_HELP}", "uri"),
+        Rule(f"{unset}self.uri.matches(r'{_URI}')", URI_FORM, "uri"),
         Rule(f"{unset}!self.uri.matches('(^|/)[.][.](/|$)') || self.uri.startsWith('file://')",
              "a path may not contain '..'", "uri"),
         Rule(f"{unset}!self.uri.matches('^https://[^/]*@')",
@@ -250,9 +251,9 @@ class ResourcesSpec(Document):
         Rule("!has(self.requests) || !(self.gpuResource in self.requests)", "GPUs are asked for with resources.gpus; leave them out here", "requests"),
         Rule("!has(self.limits) || !(self.gpuResource in self.limits)", "GPUs are asked for with resources.gpus; leave them out here", "limits"),
     )
-    gpus: int = Field(0, ge=0, le=1, description="GPUs for training. 0 trains on CPU.")
+    gpus: int = Field(0, ge=0, le=1, description="GPUs for training: 1, or 0 to train on CPU. Several GPUs are not supported yet.")
     gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
-    nodes: int = Field(1, ge=1, le=1, description="Nodes for training.")
+    nodes: int = Field(1, ge=1, le=1, description="Nodes for training. Several nodes are not supported yet.")
     allow_cpu_fallback: bool = Field(False, description="Train on CPU if the pod that asked for GPUs sees none. Off: the job fails with AcceleratorMissing.")
     requests: Quantities | None = Field(None, description="Requests of the training container, for example {cpu: 4, memory: 16Gi}.")
     limits: Quantities | None = Field(None, description="Limits of the training container.")

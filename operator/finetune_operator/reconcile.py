@@ -249,6 +249,9 @@ class _Walk:
         if running:
             self._report(stage)
             return self._decision(change=change)
+        if any((pod.get("status") or {}).get("phase") == "Succeeded" for pod in pods):
+            self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")  # its Job will say so in a moment
+            return self._decision(change=change)
         starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
         trouble = self._trouble(pods, starting)
         if trouble is not None and not self.spec.suspend:

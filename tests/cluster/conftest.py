@@ -40,12 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     for reason in reasons:  # after pytest's own summary: the last thing to read
-        print(f"The cluster tests were skipped: {reason}.")
+        print(f"The cluster tests were skipped: {reason}")
 
 
 @pytest.fixture(scope="session")
 def cluster() -> None:
-    """A reachable cluster, with kubectl and helm."""
+    """A reachable test cluster, marked as one, with kubectl and helm."""
     if not os.environ.get("KUBECONFIG"):
         unavailable("KUBECONFIG is not set")
     for program in ("kubectl", "helm"):
@@ -55,6 +55,8 @@ def cluster() -> None:
         kit.kubectl("get", "--raw=/readyz", "--request-timeout=10s")
     except kit.CommandError:
         unavailable("the cluster of KUBECONFIG does not answer")
+    if reason := install.claim_cluster():
+        unavailable(reason)
 
 
 @pytest.fixture(scope="session")

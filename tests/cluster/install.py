@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetune_api.constants import GROUP, PLURAL
+
 from tests.cluster.kit import (
     ROOT,
     SYSTEM_NAMESPACE,
     CommandError,
+    Manifest,
     apply,
     describe_operator,
+    get,
     kubectl,
     restricted_namespace,
     run,
@@ -24,6 +28,9 @@ CHART = ROOT / "helm" / "finetune-operator"
 RELEASE = "finetune-operator"
 CLUSTER_TOOL = "FINETUNE_CLUSTER_TOOL"
 """Variable with the path of a script that builds and loads images: `build -t NAME ...`, `load NAME`, `base-image`."""
+
+TESTS_LABEL = f"{GROUP}/tests"
+"""On the operator's namespace, if the tests made it: they replace what is installed there."""
 
 CPU_TORCH = "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 
@@ -90,6 +97,42 @@ def _kind_cluster() -> str:
     return context.removeprefix("kind-") if context.startswith("kind-") and shutil.which("kind") else ""
 
 
+def claim_cluster() -> str | None:
+    """Marks the cluster as one for these tests, or says why it is not."""
+    crd = f"{PLURAL}.{GROUP}"
+    reason = foreign_object(get("namespace", SYSTEM_NAMESPACE, "default"), get("crd", crd, "default"))
+    if reason is None:
+        apply(_system_namespace())
+    return reason
+
+
+def foreign_object(namespace: Manifest | None, crd: Manifest | None) -> str | None:
+    """What somebody else has installed, given the operator's namespace and the CustomResourceDefinition.
+
+    What earlier tests left is theirs by the namespace's label; they make it before anything else.
+    """
+    if namespace is not None and namespace["metadata"].get("labels", {}).get(TESTS_LABEL) == "true":
+        return None
+    advice = (
+        "The tests replace the operator of a cluster, so they want a test cluster; "
+        f"if this is one: kubectl create namespace {SYSTEM_NAMESPACE}; "
+        f"kubectl label namespace {SYSTEM_NAMESPACE} {TESTS_LABEL}=true"
+    )
+    if namespace is not None:
+        return f"the cluster of KUBECONFIG has a namespace {SYSTEM_NAMESPACE} that is not from these tests. {advice}"
+    if crd is not None:
+        by = crd["metadata"].get("annotations", {}).get("meta.helm.sh/release-namespace")
+        where = f", installed from namespace {by}," if by else ""
+        return f"the cluster of KUBECONFIG has a CRD {crd['metadata']['name']}{where} that is not from these tests. {advice}"
+    return None
+
+
+def _system_namespace() -> Manifest:
+    namespace = restricted_namespace(SYSTEM_NAMESPACE)
+    namespace["metadata"]["labels"][TESTS_LABEL] = "true"
+    return namespace
+
+
 def install_operator(**values: Any) -> None:
     """Installs or upgrades the chart with this tree's images and waits until both replicas are ready."""
     settings = {
@@ -100,7 +143,7 @@ def install_operator(**values: Any) -> None:
         "logLevel": "debug",
         **values,
     }
-    apply(restricted_namespace(SYSTEM_NAMESPACE))
+    apply(_system_namespace())
     command = ["helm", "upgrade", "--install", RELEASE, str(CHART), "-n", SYSTEM_NAMESPACE, "--wait", "--timeout", "2m"]
     command.append("--take-ownership")  # somebody may have applied the resource by hand
     try:

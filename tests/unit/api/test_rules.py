@@ -2,12 +2,13 @@
 
 import copy
 import datetime
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from finetune_api.rules import InvalidManifestError, parse_job, parse_spec
-from hypothesis import HealthCheck, given, settings
+from finetune_api.rules import InvalidManifestError, local_only, parse_job, parse_spec
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.specs import CLASSIFICATION, EVERYTHING, INVALID, UNKNOWN_FIELDS, VALID, Invalid, Valid, manifest
@@ -48,11 +49,66 @@ def test_several_mistakes_are_told_at_once() -> None:
     assert findings(manifest(CLASSIFICATION, {"training": {"epochs": "three", "lr": 1}, "task": "Chat"})) == [
         ("spec.task", "input should be 'Classification' or 'Generation', found \"Chat\""),
         ("spec.training.epochs", 'input should be a valid number, found "three"'),
-        ("spec.training.lr", "unknown field; see `kubectl explain ftj --recursive` for those that exist"),
+        ("spec.training.lr", "unknown field; `kubectl explain ftj.spec.training` tells those that exist"),
     ]
     changes = {"method": {"type": "Full", "lora": {}}, "training": {"epochs": 1, "maxSteps": 1}, "model.uri": "gpt2"}
     fields = [field for field, _ in findings(manifest(CLASSIFICATION, changes))]
     assert sorted(fields) == ["spec.method.lora", "spec.model.uri", "spec.training.maxSteps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.uri": "owner/name"}, r'^found "owner/name", expected one of hf://.*; did you mean hf://owner/name\?$'),
+        ({"dataset.sources": [{"uri": "data/a.csv"}]}, r'^found "data/a.csv", expected one of .*to the manifest$'),
+        ({"dataset.labels": [False, "yes"]}, "found false; quote it: YAML reads no as false$"),
+        ({"dataset.labels": ["no", True]}, "found true; quote it: YAML reads yes as true$"),
+        ({"dataset.labels": [199, "200"]}, "found 199; quote it$"),
+        ({"resources.limits": {"cpu": 1.5}}, "^expected a Kubernetes quantity such as 500m or 16Gi, found 1.5; quote it$"),
+        ({"resources.gpus": 4}, "found 4; several GPUs are not supported yet$"),
+        ({"resources.nodes": 2}, "found 2; several nodes are not supported yet$"),
+        ({"dataset.sources": [{"uri": "s3://a/b", "format": "jsonl"}]}, "the file type follows from the name$"),
+        ({"dataset.sources": "s3://a/b"}, '^expected a list, found "s3://a/b"$'),
+        ({"dataset.sources": ["s3://a/b"]}, '^expected a mapping, found "s3://a/b"; write {uri: s3://a/b}$'),
+        ({"resources.limits": ["4Gi"]}, r'^expected a mapping, found \["4Gi"\]$'),
+        ({"training.batchSize": 16}, "^expected a mapping, found 16; write {sequences: 16}$"),
+        ({"dataset.validation": 0.1}, "^expected a mapping, found 0.1; write {fraction: 0.1}$"),
+        ({"method": "Full"}, '^expected a mapping, found "Full"; write {type: Full}$'),
+        ({"training.learning_rate": 1}, r"^unknown field; did you mean learningRate\?$"),
+        ({"dataset.sources": [{"uri": "s3://a/b", "colums": {}}]}, r"^unknown field; did you mean columns\?$"),
+        ({"dataset.sources": [{"uri": "s3://a/b", "xyz": {}}]}, "^unknown field; `kubectl explain ftj.spec.dataset.sources`"),
+        ({".specification": {}}, "^unknown field; "),
+        ({"task": "a\u202eb"}, r'found "a\\u202eb"$'),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_was_meant(changes: dict[str, Any], message: str) -> None:
+    ((_, found),) = findings(manifest(CLASSIFICATION, changes))
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.uri": "ftp://me:hush@host/file"},
+        {"model": "https://me:hush@host/file"},
+        {"model.uri": "https://me:hush@host/" + "x" * 1024},
+        {"model.secretRef": "hush"},
+        {"model.secretRef": {"hush": 1}},
+        {"model.secretRef.name": "Secret: hush"},
+    ],
+)
+def test_no_message_repeats_a_secret(changes: dict[str, Any]) -> None:
+    messages = [message for _, message in findings(manifest(CLASSIFICATION, changes))]
+    assert "hush" not in "".join(messages)
+
+
+def test_what_a_cluster_would_refuse_is_told_by_field() -> None:
+    job = parse_job(
+        manifest(CLASSIFICATION, {"model.uri": "file://m", "dataset.test.sources": [{"uri": "file://t.csv"}]})
+    )
+    assert [finding.field for finding in local_only(job)] == ["spec.model.uri", "spec.dataset.test.sources[0].uri"]
+    assert all("in a cluster use pvc://" in finding.message for finding in local_only(job))
+    assert local_only(parse_job(WHOLE)) == []
 
 
 def test_a_finding_reads_as_a_sentence() -> None:
@@ -103,16 +159,32 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(place=st.sampled_from(list(_places(WHOLE))), value=JSON)
-def test_whatever_is_written_in_a_field_the_answer_is_a_verdict(place: tuple[Any, ...], value: Any) -> None:
-    job = copy.deepcopy(WHOLE)
-    parent = job
-    for key in place[:-1]:
-        parent = parent[key]
-    parent[place[-1]] = value
-    try:
-        parse_job(job)
-    except InvalidManifestError as error:
-        assert error.findings
-        assert all(finding.message for finding in error.findings)
+def any_verdict(examples: int) -> Callable[[], None]:
+    """A test that puts so many random values into places of a manifest."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(place=st.sampled_from(list(_places(WHOLE))), value=JSON)
+    @example(place=("metadata", "name"), value=2**63)
+    @example(place=("metadata", "name"), value=10**400)
+    def answer(place: tuple[Any, ...], value: Any) -> None:
+        job = copy.deepcopy(WHOLE)
+        parent = job
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = value
+        try:
+            parse_job(job)
+        except InvalidManifestError as error:
+            assert error.findings
+            assert all(finding.message for finding in error.findings)
+
+    return answer
+
+
+def test_whatever_is_written_in_a_field_the_answer_is_a_verdict() -> None:
+    any_verdict(150)()
+
+
+@pytest.mark.long
+def test_the_answer_to_very_many_values_is_a_verdict() -> None:
+    any_verdict(10_000)()

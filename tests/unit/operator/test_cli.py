@@ -60,7 +60,7 @@ class TestManifestFile:
 
     def test_digits_are_a_number_with_a_nought_before_them_too(self, tmp_path):
         found = problems(tmp_path, MANIFEST + "    labels: [0199, '0200']\n")
-        assert found == ["job.yaml:12: spec.dataset.labels[0]: input should be a valid string, found 199"]
+        assert found == ["job.yaml:12: spec.dataset.labels[0]: input should be a valid string, found 199; quote it"]
 
     def test_a_date_stays_text(self, tmp_path):
         path = tmp_path / "job.yaml"
@@ -124,12 +124,20 @@ class TestManifestFile:
 
 class TestCheck:
     def test_a_valid_manifest(self, file, capsys):
+        file.write_text(MANIFEST.replace("file://", "pvc://data/"))
         assert cli.main(["check", str(file)]) == 0
         assert capsys.readouterr().out == f"{file}: demo is valid\n"
+
+    def test_what_only_a_cluster_would_refuse_is_told_with_its_place(self, file, capsys):
+        assert cli.main(["check", str(file)]) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == f"{file}: demo is valid for `finetune run`; a cluster would refuse it:"
+        assert second.startswith(f"{file}:11: spec.dataset.sources[0].uri: file:// works only with `finetune run`")
 
     def test_all_files_are_checked(self, file, tmp_path, capsys):
         bad = tmp_path / "bad.yaml"
         bad.write_text(MANIFEST.replace("Classification", "Translation"))
+        file.write_text(MANIFEST.replace("file://", "pvc://data/"))
         assert cli.main(["check", str(bad), str(file)]) == 64
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"{bad}:6: spec.task: ")
@@ -279,10 +287,32 @@ class TestSignals:
             process.send_signal(number)
             output, _ = process.communicate(timeout=60)
         assert process.returncode == 75
-        assert f"Go on with:\n  finetune run {file} --output {tmp_path / 'out'}\n" in output
+        program = f"{sys.executable} -m finetune_operator.cli"
+        assert f"Go on with:\n  {program} run {file} --output {tmp_path / 'out'}\n" in output
         assert cli.main(["run", str(file), "--output", str(tmp_path / "out")]) == 0
         assert (workspace / "tries-prepare").read_text() == "1"
         assert (workspace / "tries-train").read_text() == "2"
+
+    @pytest.mark.parametrize("on_path", [True, False])
+    def test_the_command_to_go_on_with_is_found_by_a_shell(self, tmp_path, monkeypatch, on_path):
+        program = tmp_path / "bin" / "finetune"
+        program.parent.mkdir()
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom finetune_operator.cli import main\nsys.exit(main())\n"
+        )
+        program.chmod(0o755)
+        if on_path:
+            monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+        fake_trainer.install(tmp_path, monkeypatch, train=["work"])
+        (tmp_path / "job.yaml").write_text(MANIFEST)
+        command = ["finetune" if on_path else "bin/finetune", "run", "job.yaml"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+        ) as process:
+            self.wait_for(tmp_path / "runs" / "demo" / "workspace" / "working", process)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        assert output.endswith(f"Go on with:\n  {' '.join(command)}\n")
 
     def test_the_second_signal_does_not_wait(self, file, tmp_path, monkeypatch):
         fake_trainer.install(tmp_path, monkeypatch, train=["stubborn"])

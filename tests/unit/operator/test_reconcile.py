@@ -60,6 +60,16 @@ async def test_each_stage_begins_only_after_the_one_before(cluster: FakeCluster)
     assert list(cluster.jobs) == [Stage.PREPARE]
 
 
+async def test_the_phase_does_not_go_back_while_a_job_has_not_noticed_its_pods_end(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    cluster.finish_pod(Stage.PREPARE)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PREPARING
+    assert cluster.condition("Running") == ("False", "BetweenStages")
+
+
 async def test_every_phase_is_an_event_once(cluster: FakeCluster) -> None:
     await cluster.pass_through(*Stage)
     reasons = [event.reason for event in cluster.events.values() if event.type == "Normal"]
@@ -531,13 +541,22 @@ def _run(coroutine: object) -> None:
         coroutine.send(None)  # type: ignore[attr-defined]
 
 
-def test_promises_hold_in_any_order_of_events() -> None:
+def live(lives: int, moves: int) -> None:
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=lives, stateful_step_count=moves, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_promises_hold_in_any_order_of_events() -> None:
+    live(150, 40)
+
+
+@pytest.mark.long
+def test_promises_hold_in_very_many_lives() -> None:
+    live(2000, 60)
 
 
 def test_the_key_reads_like_kubectl() -> None:
