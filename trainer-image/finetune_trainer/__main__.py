@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,8 @@ EXIT_CODES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the stage and returns the exit code; every end, also a bad one, leaves a termination message."""
+    stop_requested = threading.Event()
+    _stop_on_signals(stop_requested)  # before all else: what has no handler does not reach process 1 of a container
     parser = argparse.ArgumentParser(prog="finetune-trainer", description="One stage of a FineTuneJob.")
     parser.add_argument("stage", choices=[stage.value for stage in Stage], help="the stage to run")
     parser.add_argument("--plan", required=True, type=Path, help="plan.json, written by the operator")
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = read_plan(options.plan, stage)
         start_logging(f"{plan.job.namespace}/{plan.job.name}", trace)
-        result = run_stage(plan)
+        result = run_stage(plan, stop_requested)
         code = int(EXIT_CODES[result.outcome])
     except (Exception, KeyboardInterrupt) as error:
         result, code = describe_failure(error, stage)
@@ -89,26 +92,25 @@ def read_plan(path: Path, stage: Stage) -> Plan:
     return plan
 
 
-def run_stage(plan: Plan) -> Result:
-    """Runs the plan's stage with telemetry, signal handlers and an environment for the libraries."""
-    telemetry = Telemetry(plan.stage, plan.job, port_from_environment())
-    _stop_on_signals(telemetry)
+def run_stage(plan: Plan, stop_requested: threading.Event) -> Result:
+    """Runs the plan's stage with telemetry and an environment for the libraries."""
+    telemetry = Telemetry(plan.stage, plan.job, port_from_environment(), stop_requested)
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as temporary, telemetry:
         prepare_environment(plan, Path(temporary))
         logger.info("%s starts", plan.stage.value)
         module = importlib.import_module(STAGE_MODULES[plan.stage])
         adopt_library_logs()
-        if telemetry.stop_requested.is_set():
+        if stop_requested.is_set():
             raise Interrupted("stopped before the stage began")
         result: Result = module.run(plan, telemetry)
         return result
 
 
-def _stop_on_signals(telemetry: Telemetry) -> None:
+def _stop_on_signals(stop_requested: threading.Event) -> None:
     """SIGTERM and Ctrl-C ask the stage to save and stop; a second Ctrl-C ends it at once."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        telemetry.stop_requested.set()
+        stop_requested.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGTERM, stop)

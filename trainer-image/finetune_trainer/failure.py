@@ -42,7 +42,7 @@ def describe_failure(error: BaseException, stage: Stage) -> tuple[Result, int]:
 
 
 def format_trace(error: BaseException, stage: Stage) -> str:
-    """The traceback with all causes; exception texts that may quote the dataset are left out."""
+    """The traceback with all causes; exception texts that may quote what is secret are left out."""
     parts = []
     for cause in reversed(list(_causes(error))):
         frames = "".join(traceback.format_tb(cause.__traceback__))
@@ -51,10 +51,13 @@ def format_trace(error: BaseException, stage: Stage) -> str:
 
 
 def _summary(error: BaseException, stage: Stage) -> str:
-    """ "ExceptionType: text". Prepare handles the rows as text, so there a foreign text may quote one."""
+    """ "ExceptionType: text". Prepare handles the rows as text, and prepare and publish signed URLs: there a foreign
+    text may quote one. The operating system's errors do not; the network's are OSErrors without a number.
+    """
     name = type(error).__name__
-    if stage is Stage.PREPARE and not isinstance(error, (StageError, OSError, ImportError, MemoryError)):
-        return f"{name} at {_place(error)} (its text is left out: it may quote the dataset)"
+    own = isinstance(error, (StageError, ImportError, MemoryError))
+    if stage is not Stage.TRAIN and not own and getattr(error, "errno", None) is None:
+        return f"{name} at {_place(error)} (its text is left out: it may quote the dataset or a signed URL)"
     text = str(error).strip()[:MAX_TEXT]
     return f"{name}: {text}" if text else f"{name} at {_place(error)}"
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_api.base import Document
 from finetune_api.constants import Reason
@@ -55,15 +55,27 @@ class _Fetched(Document):
     """Commit of a hub model, else a hash of the names, sizes and times of the files."""
 
 
+class _Download(NamedTuple):
+    """What is gathered in `staging`; None if it is in its place already."""
+
+    version: str
+    names: list[str]
+    staging: Path | None = None
+
+
 def fetch_model(model: PlanModel, workspace: Workspace, watch: Watch) -> str | None:
     """Puts the model into the workspace, unless it is there, and returns its commit if it is from a hub.
 
     A branch or tag is resolved once: a later attempt of the same job finds the same commit.
     Raises UserError (ModelNotFound, ModelInvalid), StageError for network trouble, Interrupted.
     """
-    fetch = _from_hub if scheme(model.location) == "hf" else _from_storage
+    on_hub = scheme(model.location) == "hf"
+    fetch = _from_hub if on_hub else _from_storage
     with storage_errors(model.location, Reason.MODEL_NOT_FOUND, FIELD):
-        return fetch(model, workspace, watch)
+        fetched = fetch(model, workspace, watch)
+    if fetched.staging is not None:
+        _put_in_place(fetched.staging, fetched.names, workspace, _marker(model, fetched.version))
+    return fetched.version if on_hub else None
 
 
 def select_files(names: Collection[str], allow_pickle: bool, trust_remote_code: bool) -> list[str]:
@@ -101,10 +113,10 @@ def _invalid(what: str) -> UserError:
     return UserError(Reason.MODEL_INVALID, f"{FIELD}: the model {what}")
 
 
-def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch) -> str:
+def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch) -> _Download:
     present = _present(model, workspace)
     if present is not None:
-        return present.version
+        return _Download(present.version, [])
     owner_and_name = model.location.uri.removeprefix("hf://").strip("/")
     token = hf_token(model.location)
     info = HfApi(token=token).model_info(owner_and_name, revision=model.revision, files_metadata=True)
@@ -120,8 +132,7 @@ def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch) -> str:
         allow_patterns=names,
         tqdm_class=_watched_bar(watch, sum(sizes[name] for name in names)),
     )
-    _put_in_place(staging, names, workspace, _marker(model, commit))
-    return commit
+    return _Download(commit, names, staging)
 
 
 def _watched_bar(watch: Watch, total: int) -> type[Any]:
@@ -143,7 +154,7 @@ def _watched_bar(watch: Watch, total: int) -> type[Any]:
     return Bar
 
 
-def _from_storage(model: PlanModel, workspace: Workspace, watch: Watch) -> None:
+def _from_storage(model: PlanModel, workspace: Workspace, watch: Watch) -> _Download:
     files, path = filesystem(model.location)
     listing = _probe(files, path) if scheme(model.location) in ("http", "https") else list_files(files, path, 2)
     if not listing:
@@ -152,11 +163,11 @@ def _from_storage(model: PlanModel, workspace: Workspace, watch: Watch) -> None:
     version = _digest([name, *(str(listing[name].get(fact)) for fact in VERSION_FACTS)] for name in names)
     present = _present(model, workspace)
     if present is not None and present.version == version:
-        return
+        return _Download(version, [])
     staging = _staging(workspace, model, version, names)
     for name in names:
         download(files, f"{path.rstrip('/')}/{name}", staging / name, watch)
-    _put_in_place(staging, names, workspace, _marker(model, version))
+    return _Download(version, names, staging)
 
 
 def _probe(files: Any, path: str) -> dict[str, dict[str, Any]]:
@@ -202,7 +213,7 @@ def _staging(workspace: Workspace, model: PlanModel, version: str, names: list[s
 def _put_in_place(staging: Path, names: list[str], workspace: Workspace, marker: _Fetched) -> None:
     with new_folder(workspace.model) as folder:
         for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).rename(folder / name)
         write_file(folder / MARKER, marker.to_json())
     remove_folder(staging.parent)

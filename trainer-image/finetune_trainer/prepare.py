@@ -34,7 +34,7 @@ from finetune_trainer.fetch import remove_folder
 from finetune_trainer.fetch_model import fetch_model
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.watch import Watch
-from finetune_trainer.workspace import Workspace, new_folder, write_file
+from finetune_trainer.workspace import Workspace, hash_file, new_folder, write_file
 
 if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of before
     from finetune_trainer.data.tokenize import Encoder
@@ -42,7 +42,6 @@ if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of befo
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".data-download"
-HASHED_BYTES = 8 << 20
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*chat_template*", "*.model", "*.tiktoken", "*.jinja")
 
 
@@ -65,7 +64,7 @@ class Run:
         self.quarantine.check(survey.rows_read, dataset.max_rejected)
         check_splits(survey.rows, dataset)
         if self.plan.task is Task.CLASSIFICATION:
-            self.findings.labels = resolve_labels(survey.labels, self.findings.labels or dataset.labels)
+            self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
 
     def write_report(self) -> DataStatus:
         """Writes report/data.json and returns its summary."""
@@ -101,7 +100,7 @@ def read_data(this: Run, downloads: Path) -> None:
     dataset, findings = this.plan.dataset, this.findings
     sources = open_sources(dataset, this.plan.task, downloads, this.watch("Fetching data", 0, 0.1))
     watch = this.watch("Reading data", 0.1, 0.2)
-    findings.hashes = {file: _file_hash(file.path, watch) for opened in sources for file in opened.files}
+    findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
     findings.sources = sources
     survey_rows(sources, dataset, this.quarantine, findings.survey, watch)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
@@ -124,7 +123,7 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
     model = findings.model = facts.read_facts(workspace.model, config, revision)
     watch.check()
     tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
-    facts.check_tokenizer(tokenizer, plan.task)
+    facts.check_tokenizer(tokenizer, plan.task, model.vocabulary_size)
     limit = facts.context_length(config, tokenizer)
     findings.max_length = min(plan.training.max_length, limit or plan.training.max_length)
     logger.info("%s with %d parameters", model.architecture, model.parameters)
@@ -165,11 +164,9 @@ def write_data(this: Run, encoder: "Encoder") -> None:
 
 def _encoded_rows(this: Run, encoder: "Encoder") -> Iterator[tuple[PlacedRow, TokenizedRow, int]]:
     """(Row, its tokens, their number before the cut) of all rows that can be learned from, in their order."""
-    placed = place_rows(this.findings.sources, this.plan.dataset)
-    rows = (row for row in placed if isinstance(row, PlacedRow))
     watch = this.watch("Tokenizing", 0.5, 1)
     total, done = this.findings.survey.rows.total(), 0
-    for batch in batch_rows(rows):
+    for batch in batch_rows(_kept_rows(this, watch)):
         for row, result in zip(batch, encoder.encode([row.example for row in batch]), strict=True):
             if isinstance(result, InvalidRowError):
                 this.quarantine.add(row.file, Rejection(row.line, result.reason, result.detail))
@@ -177,6 +174,13 @@ def _encoded_rows(this: Run, encoder: "Encoder") -> Iterator[tuple[PlacedRow, To
                 yield row, result.row, result.length
         done += len(batch)
         watch.advance(done, total)
+
+
+def _kept_rows(this: Run, watch: Watch) -> Iterator[PlacedRow]:
+    for row in place_rows(this.findings.sources, this.plan.dataset):
+        watch.check()
+        if isinstance(row, PlacedRow):
+            yield row
 
 
 def _settings_hash(this: Run) -> "hashlib._Hash":
@@ -193,12 +197,3 @@ def _hash_row(digest: "hashlib._Hash", split: Split, row: TokenizedRow) -> None:
     ids = np.asarray(row.input_ids, dtype="<i4").tobytes()
     target = str(row.label).encode() if row.loss_mask is None else np.packbits(row.loss_mask).tobytes()
     digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)
-
-
-def _file_hash(path: Path, watch: Watch) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASHED_BYTES):
-            watch.check()
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -134,7 +134,7 @@ def storage_errors(location: Location, reason: Reason, field: str) -> Iterator[N
                 raise UserError(reason, f"{shown} was refused by the server ({_name(error)}): check the URI") from None
             case "network":
                 message = f"{shown} could not be reached ({_name(error)}); it will be tried again"
-                raise StageError(Reason.STAGE_FAILED, message) from error
+                raise StageError(Reason.STAGE_FAILED, message) from None  # its own text may hold a signed URL
         raise
 
 

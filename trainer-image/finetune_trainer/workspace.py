@@ -2,16 +2,19 @@
 
 import ctypes
 import glob
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux' renameat2(2): paths are relative to the working directory; swap the two names."""
+
+HASHED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def hash_file(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of a file. `check` is called every few MiB, and may raise to stop."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASHED_BYTES):
+            check()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

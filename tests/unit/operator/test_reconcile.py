@@ -551,7 +551,7 @@ def live(lives: int, moves: int) -> None:
 
 
 def test_promises_hold_in_any_order_of_events() -> None:
-    live(150, 40)
+    live(60, 40)
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from finetune_api.constants import Reason
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.train import checkpoint as module
 from finetune_trainer.train.checkpoint import Best, Checkpoints, RunState, identify
 from finetune_trainer.train.loop import make_optimizer
@@ -166,6 +166,20 @@ def test_the_best_survives_a_kill_between_its_renames(tmp_path: Path) -> None:
     assert store.newest() is not None
     assert store.best() == Best(step=10, score=0.1)
     assert names(store) == ["best", "step-00000010"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_best_that_is_damaged_is_not_published(tmp_path: Path, damage: str) -> None:
+    store = checkpoints(tmp_path)
+    model, _ = trained()
+    store.save_best(model, Best(step=1, score=0.25))
+    path = store.best_folder / "weights.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a number like any other
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(StageError, match=r"best/weights\.safetensors is missing or damaged: delete"):
+        store.load_best(model)
 
 
 def test_the_better_one_takes_the_place_of_the_best(tmp_path: Path) -> None:

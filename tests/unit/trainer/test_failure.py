@@ -129,6 +129,18 @@ class TestDatasetText:
         message = describe_failure(raised(ValueError(SECRET_ROW)), Stage.PREPARE)[0].message
         assert "ValueError at test_failure.py:" in message
 
+    @pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.PUBLISH])
+    def test_of_a_driver_that_quotes_a_signed_url_is_left_out(self, stage):
+        """Drivers' errors are often OSErrors, which the operating system's are told from by their number."""
+        for error in (
+            raised(OSError("503 for https://h/a?sig=s3cret")),
+            raised(RuntimeError("https://h/a?sig=s3cret")),
+        ):
+            assert "s3cret" not in describe_failure(error, stage)[0].message
+            assert "s3cret" not in format_trace(error, stage)
+        full = raised(PermissionError(errno.EACCES, "Permission denied", "/data/x"))
+        assert "/data/x" in describe_failure(full, stage)[0].message
+
     def test_is_never_seen_by_train_whose_errors_are_shown(self):
         message = describe_failure(raised(ValueError("shapes differ")), Stage.TRAIN)[0].message
         assert message == "ValueError: shapes differ"

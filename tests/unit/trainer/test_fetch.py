@@ -17,6 +17,7 @@ import pytest
 from finetune_api.constants import Reason, Stage
 from finetune_api.plan import JobReference, Location, PlanModel, PlanSource
 from finetune_trainer.errors import Interrupted, StageError, UserError
+from finetune_trainer.failure import format_trace
 from finetune_trainer.fetch import fetch_source
 from finetune_trainer.fetch_model import fetch_model, select_files
 from finetune_trainer.storage import display_uri, filesystem, storage_errors, storage_options
@@ -445,6 +446,24 @@ def test_an_interrupted_download_goes_on_where_it_was(tmp_path, telemetry, model
     assert (workspace.model / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
 
 
+def test_trusted_code_may_lie_in_deep_folders(tmp_path, watch, model_folder, monkeypatch):
+    model = PlanModel(location=Location(uri="hf://owner/tiny"), trust_remote_code=True)
+    with hub(hub_files(model_folder) | {"lib/deep/layers.py": b"x = 1"}, monkeypatch):
+        fetch_model(model, Workspace(tmp_path), watch)
+    assert (tmp_path / "model" / "lib" / "deep" / "layers.py").read_bytes() == b"x = 1"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_trouble_with_the_workspace_is_not_the_models(tmp_path, watch, model_folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("finetune_trainer.fetch_model.write_file", fail)
+    model = PlanModel(location=Location(uri="pvc://models/tiny", path=str(model_folder)))
+    with pytest.raises(type(error)):
+        fetch_model(model, Workspace(tmp_path), watch)
+
+
 def test_a_hub_caches_links_are_followed(tmp_path, watch, model_folder):
     (tmp_path / "snapshot").mkdir()
     for file in model_folder.iterdir():
@@ -504,6 +523,17 @@ def test_a_missing_driver_names_the_extra(monkeypatch):
 def test_what_people_see_of_an_address():
     assert display_uri(Location(uri="https://me:pw@host:1/a/b?sig=x#y")) == "https://host:1/a/b"
     assert display_uri(Location(uri="s3://bucket/a?b")) == "s3://bucket/a?b"
+
+
+def test_what_a_server_in_trouble_says_stays_out_of_the_log():
+    class ClientResponseError(Exception):
+        status = 503
+
+    location = Location(uri="s3://bucket/a")
+    with pytest.raises(StageError) as caught, storage_errors(location, Reason.DATA_NOT_FOUND, "f"):
+        raise ClientResponseError("503, url='https://bucket/a?X-Amz-Signature=s3cret'")
+    assert "HTTP 503" in caught.value.message
+    assert "s3cret" not in format_trace(caught.value, Stage.TRAIN)
 
 
 def test_a_full_disk_is_no_network_trouble():

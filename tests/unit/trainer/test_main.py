@@ -221,6 +221,19 @@ class TestSignals:
         end = trainer.end(process)
         assert (end.code, end.result.reason) == (75, Reason.INTERRUPTED)
 
+    def test_before_the_plan_is_read_are_not_forgotten(self, trainer):
+        """Without a handler they would end this process, and be ignored by the first one of a container."""
+        trainer.write_plan(Stage.TRAIN)
+        plan = trainer.plan.read_text()
+        trainer.plan.unlink()
+        os.mkfifo(trainer.plan)
+        process = trainer.start("train", "--plan", str(trainer.plan))
+        with trainer.plan.open("w") as pipe:  # opens when the trainer reads it
+            process.send_signal(signal.SIGTERM)
+            pipe.write(plan)
+        end = trainer.end(process)
+        assert (end.code, end.result.reason) == (75, Reason.INTERRUPTED)
+
     def test_before_the_stage_began_start_nothing(self, trainer):
         (trainer.folder / "slow_start.py").write_text("print('{}', flush=True)\nimport time\ntime.sleep(0.5)\n")
         process = trainer.start_stage(Stage.TRAIN, "raise ValueError('it ran')")

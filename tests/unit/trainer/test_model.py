@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.models import save_tiny_bert, save_tiny_llama
 from tests.plans import make_plan
-from tests.unit.trainer.training_workspace import GENERATION
+from tests.unit.trainer.training_workspace import GENERATION, untie
 
 LABELS = ["negative", "neutral", "positive"]
 HEAD = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
@@ -89,6 +89,21 @@ def test_lora_adapts_the_named_layers_only(bert: Workspace) -> None:
 def test_layers_that_do_not_exist_are_answered_with_those_that_do(bert: Workspace) -> None:
     with pytest.raises(UserError, match=r"method\.lora\.targetModules: q_proj .* called dense, key, query, value"):
         build(bert, lora={"target_modules": ["q_proj"]})
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_lora_refuses_a_layer_that_shares_its_weights(llama: Workspace, name: str) -> None:
+    with pytest.raises(UserError, match=rf"method\.lora\.targetModules: {name} of LlamaForCausalLM.*share") as caught:
+        build(llama, lora={"target_modules": ["q_proj", name]}, **GENERATION)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    untie(llama)
+    assert any(
+        name in layer for layer in lora_targets_of_any_kind(build(llama, lora={"target_modules": [name]}, **GENERATION))
+    )
+
+
+def lora_targets_of_any_kind(model: torch.nn.Module) -> set[str]:
+    return {name for name in trainable_state(model) if "lora_" in name}
 
 
 def test_lora_starts_as_the_untuned_model(llama: Workspace) -> None:

@@ -12,6 +12,7 @@ from finetune_api.plan import Plan
 from finetune_api.progress import Outcome
 from finetune_api.report import DataReport, Quarantined
 from finetune_api.spec import Task
+from finetune_trainer.data import read
 from finetune_trainer.data.store import open_split, read_manifest
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.fetch_model import MARKER
@@ -430,6 +431,40 @@ def test_a_stop_leaves_nothing_half_done(tmp_path, plan, activity):
     assert not list((workspace / "report").iterdir())
     assert {p.name for p in workspace.iterdir()} <= {"report", "model", ".model-download"}
     assert prepare(this).data.rows_kept == 100
+
+
+@pytest.mark.parametrize("activity", ["Fetching data", "Tokenizing"])
+def test_a_stop_need_not_wait_for_the_end_of_rejected_rows(tmp_path, plan, monkeypatch, activity):
+    """A file without a good row is read to its end to find its format; a run of bad rows makes no batch."""
+    rows = ["{oops"] * 5000 if activity == "Fetching data" else [*sentiment(100), *["{oops"] * 5000]
+    this = plan(write_jsonl(tmp_path / "train.jsonl", rows), max_rejected=1.0)
+    telemetry, decoded = Telemetry(this.stage, this.job), 0
+    original = read._json_row
+
+    def count(number, line):
+        nonlocal decoded
+        if telemetry.progress.activity == activity:
+            decoded += 1
+            if decoded == 150:
+                telemetry.stop_requested.set()
+        return original(number, line)
+
+    monkeypatch.setattr(read, "_json_row", count)
+    with pytest.raises(Interrupted):
+        run(this, telemetry)
+    assert 150 <= decoded < 160
+
+
+def test_a_padding_token_without_an_embedding_is_told_before_a_gpu_waits(tmp_path, plan, models):
+    folder = tmp_path / "m"
+    shutil.copytree(models[Task.GENERATION], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t {n}"} for n in range(50)])
+    with pytest.raises(UserError, match="pads with token 320, but it has only 320 embeddings") as caught:
+        prepare(plan(file, task=Task.GENERATION, model=folder))
+    assert caught.value.reason is Reason.MODEL_INVALID
 
 
 def test_refused_data_leaves_what_was_prepared_before(tmp_path, plan):

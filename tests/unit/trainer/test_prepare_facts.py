@@ -68,6 +68,12 @@ def test_models_that_do_not_fit(found, task):
         check_task(found, task)
 
 
+def test_a_padding_token_needs_an_embedding():
+    check_tokenizer(tokenizer(pad_token_id=9), Task.CLASSIFICATION, 10)
+    with pytest.raises(UserError, match="pads with token 10, but it has only 10 embeddings"):
+        check_tokenizer(tokenizer(pad_token_id=10), Task.CLASSIFICATION, 10)
+
+
 def test_a_generation_needs_an_end_of_text():
     check_tokenizer(tokenizer(), Task.GENERATION)
     check_tokenizer(tokenizer(eos_token_id=None), Task.CLASSIFICATION)

@@ -29,12 +29,12 @@ from tests.unit.trainer.trained_workspace import (
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
 
 
-def card(labels=LABELS, scores=None, **changes) -> str:
+def card(labels=LABELS, scores=None, dtype=torch.float32, **changes) -> str:
     plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
     data = data_report(labels)
     assert data.model is not None
     evaluation = scores or evaluation_report(labels)
-    return model_card(plan, data, evaluation, model=data.model, best_step=20, versions=VERSIONS)
+    return model_card(plan, data, evaluation, model=data.model, best_step=20, dtype=dtype, versions=VERSIONS)
 
 
 def metadata(text: str) -> dict:
@@ -141,6 +141,12 @@ class TestContent:
         assert settings["batch size"] == "4096 tokens"
         assert settings["LoRA target modules"] == "q\\_proj, v\\_proj"
         assert "epochs" not in settings
+
+    def test_says_that_the_scores_are_those_before_rounding(self):
+        merged = {"output": {"format": "Merged"}}
+        assert "stored as bfloat16" in card(dtype=torch.bfloat16, **merged)
+        assert "before they were rounded" in card(dtype=torch.bfloat16, **merged)
+        assert "rounded" not in card(**merged)
 
     def test_says_that_a_gate_was_missed(self):
         missed = evaluation_report(LABELS).model_copy(update={"gate": GateResult(passed=False, message="too low")})

@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from finetune_trainer.telemetry import Telemetry
 
 from tests.s3_server import nobody_allowed, s3_server
 
+CARD = "---\ntags:\n- finetune-operator\n---\n"
 KEY, PASSWORD = "a-key-id", "a-secret-key-that-nobody-may-see"
 
 
@@ -40,7 +42,9 @@ class OwnTelemetry(Telemetry):
 
 
 def make_artifacts(folder: Path, **files: str) -> Path:
-    """Files with `__` for a folder, and their SHA256SUMS."""
+    """Files with `__` for a folder, a model card and their SHA256SUMS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(CARD)
     for name, content in files.items():
         path = folder / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,10 @@ def artifacts(tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def size(folder: Path) -> int:
+    return sum(map(len, contents(folder).values()))
 
 
 class TestFolder:
@@ -89,6 +97,29 @@ class TestFolder:
             push(artifacts, location, OwnTelemetry())
         assert raised.value.reason is Reason.OUTPUT_FAILED
         assert contents(Path(location.path)) == {"thesis.tex": b"years of work"}
+
+    @pytest.mark.parametrize("name", ["notes.txt", "deep/notes.txt", "other-job/model", "empty/"])
+    def test_with_other_files_beside_a_published_model_is_left_alone(self, tmp_path, artifacts, location, name):
+        push(make_artifacts(tmp_path / "old", deep__shard="1"), location, OwnTelemetry())
+        other = Path(location.path) / name
+        (other if name.endswith("/") else other.parent).mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            other.write_text("mine")
+        before = contents(Path(location.path))
+        with pytest.raises(UserError, match="holds other files") as raised:
+            push(artifacts, location, OwnTelemetry())
+        assert raised.value.reason is Reason.OUTPUT_FAILED
+        assert other.exists()
+        assert contents(Path(location.path)) == before
+
+    def test_with_hashes_of_somebody_else_is_left_alone(self, artifacts, location):
+        folder = Path(location.path)
+        theirs = make_artifacts(folder, disk="image")
+        (theirs / "README.md").write_text("How to burn the disk")
+        write_sums(theirs)
+        with pytest.raises(UserError, match="holds other files"):
+            push(artifacts, location, OwnTelemetry())
+        assert (folder / "disk").read_text() == "image"
 
     def test_that_is_a_file_is_left_alone(self, artifacts, location):
         Path(location.path).parent.mkdir(parents=True)
@@ -182,8 +213,7 @@ class TestS3:
         assert self.objects(bucket) == self.under_root(artifacts)
 
     def test_gets_the_hashes_last(self, artifacts, location, bucket):
-        total = sum(map(len, contents(artifacts).values()))
-        everything_else = (total - len(contents(artifacts)["SHA256SUMS"])) / total
+        everything_else = 1 - len(contents(artifacts)["SHA256SUMS"]) / size(artifacts)
         with pytest.raises(Interrupted):
             push(artifacts, location, OwnTelemetry(stop_at=everything_else))
         missing = self.under_root(artifacts).keys() - self.objects(bucket).keys()
@@ -206,10 +236,23 @@ class TestS3:
         foreign = {"team/sentiment/notes.txt": b"mine", "team/other": b"theirs"}
         assert self.objects(bucket) == self.under_root(artifacts) | foreign
 
-    def test_loses_nothing_to_a_list_that_somebody_else_wrote(self, artifacts, location, bucket):
+    def test_loses_no_files_that_somebody_else_published(self, artifacts, location, bucket):
+        theirs = {"disk": b"image", "SHA256SUMS": f"{'0' * 64}  disk\n".encode(), "README.md": b"How to burn it"}
+        for name, content in theirs.items():
+            bucket.put_object(Key=f"team/sentiment/{name}", Body=content)
+        with pytest.raises(Interrupted):  # between the model card, which is now ours, and the hashes
+            push(
+                artifacts, location, OwnTelemetry(stop_at=1 - len(contents(artifacts)["SHA256SUMS"]) / size(artifacts))
+            )
+        push(artifacts, location, OwnTelemetry())
+        assert self.objects(bucket) == self.under_root(artifacts) | {"team/sentiment/disk": b"image"}
+
+    def test_loses_nothing_to_a_list_that_leads_elsewhere(self, artifacts, location, bucket):
         bucket.put_object(Key="team/other", Body=b"theirs")
-        hostile = f"{'0' * 64}  ../other\n{'0' * 64}  /models/team/other\nnonsense\n".encode() + b"\xff"
+        card = f"{hashlib.sha256(CARD.encode()).hexdigest()}  README.md\n"
+        hostile = f"{card}{'0' * 64}  ../other\n{'0' * 64}  /models/team/other\nnonsense\n".encode() + b"\xff"
         bucket.put_object(Key="team/sentiment/SHA256SUMS", Body=hostile)
+        bucket.put_object(Key="team/sentiment/README.md", Body=CARD.encode())
         push(artifacts, location, OwnTelemetry())
         assert self.objects(bucket) == self.under_root(artifacts) | {"team/other": b"theirs"}
 
@@ -346,6 +389,11 @@ class TestHub:
         push(artifacts, location, OwnTelemetry())
         assert hub.files == contents(artifacts) | {"notes.txt": b"mine"}
 
+    def test_loses_no_files_that_somebody_else_published(self, artifacts, location, hub):
+        hub.files |= {"disk": b"image", "SHA256SUMS": f"{'0' * 64}  disk\n".encode(), "README.md": b"How to burn it"}
+        push(artifacts, location, OwnTelemetry())
+        assert hub.files == contents(artifacts) | {"disk": b"image"}
+
     def test_with_a_wrong_token_is_the_users_error_and_tells_no_token(self, tmp_path, artifacts, location, hub):
         (tmp_path / "secret" / "HF_TOKEN").write_text("hf_wrong")
         with pytest.raises(UserError, match=r"output\.uri: hf://owner/tuned may not be used") as raised:
@@ -372,6 +420,17 @@ class TestHub:
         with pytest.raises(Interrupted):
             push(artifacts, location, telemetry)
         assert hub.commits == 0
+
+
+def test_hashing_can_be_stopped(tmp_path):
+    (tmp_path / "model").write_bytes(b"x")
+
+    def stop():
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        write_sums(tmp_path, stop)
+    assert not (tmp_path / "SHA256SUMS").exists()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def test_parquet_rows_have_their_number(write, tmp_path):
     ]
 
 
+def test_parquet_columns_that_nobody_wants_are_not_read(tmp_path):
+    turns = [{"role": "user", "content": "x"}]
+    table = pa.table({"id": [7], "my.text": ["a"], "messages": [turns], "embedding": [[0.5] * 100]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = SourceFile("f", "file://a.parquet", tmp_path / "a.parquet")
+    assert [row.values for row in read_rows(file, {"my.text", "messages", "label"})] == [
+        {"my.text": "a", "messages": turns}
+    ]
+    assert [set(row.values) for row in read_rows(file, {"label"})] == [set(table.column_names)]  # to say what it has
+
+
 def test_half_a_parquet_file_is_refused(write, tmp_path):
     pq.write_table(pa.table({"text": [f"row {n}" for n in range(5000)]}), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()

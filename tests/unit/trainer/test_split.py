@@ -50,11 +50,42 @@ def test_the_same_text_has_the_same_key_whatever_its_label_and_white_space():
 WORDS = st.text(alphabet="ab\x1f ", max_size=4)
 
 
+def conversation(*texts: str) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(tuple(Turn(roles[number % 2], text) for number, text in enumerate(texts)))
+
+
 @given(WORDS, WORDS, WORDS, WORDS)
-def test_different_content_has_different_keys(prompt, completion, other_prompt, other_completion):
-    same = (prompt.split(), completion.split()) == (other_prompt.split(), other_completion.split())
-    one, two = PromptCompletion(prompt, completion), PromptCompletion(other_prompt, other_completion)
+def test_different_inputs_have_different_keys(first, second, other_first, other_second):
+    same = (first.split(), second.split()) == (other_first.split(), other_second.split())
+    one, two = conversation(first, second, "answer"), conversation(other_first, other_second, "answer")
     assert (content_key(one) == content_key(two)) == same
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (PromptCompletion("Name a  fish", "cod"), PromptCompletion("Name a fish", "trout")),
+        (conversation("Name a fish", "cod"), conversation("Name a fish", "trout")),
+        (conversation("hello", "hi", "a fish?", "cod"), conversation("hello", "hi", "a fish?", "trout")),
+    ],
+)
+def test_the_same_question_is_in_one_split_whatever_its_answer(one, other):
+    assert content_key(one) == content_key(other)
+    splitter = Splitter(dataset(validation=0.0, test=None))
+    assert splitter.place(Split.TEST, content_key(one)) is Split.TEST
+    assert splitter.place(Split.TRAIN, content_key(other)) is None
+
+
+def test_earlier_turns_are_part_of_what_is_given():
+    assert content_key(conversation("hello", "hi", "a fish?", "cod")) != content_key(
+        conversation("hello", "go away", "a fish?", "cod")
+    )
+
+
+def test_an_answer_without_a_question_is_all_there_is():
+    one, other = (Conversation((Turn("assistant", text),)) for text in ("cod", "trout"))
+    assert content_key(one) != content_key(other)
 
 
 def test_roles_are_part_of_a_conversation():
@@ -95,6 +126,11 @@ def test_labels_are_sorted_and_numbers_by_their_value():
     assert label_order(["10", "9", "-1"]) == ["-1", "9", "10"]
 
 
+@given(st.permutations(["1", "01", "001", "+1", "0"]))
+def test_numbers_that_are_written_in_two_ways_have_one_order(found):
+    assert label_order(dict.fromkeys(found)) == ["0", "+1", "001", "01", "1"]
+
+
 def test_a_closed_set_keeps_its_order():
     rows = {"train": Counter(low=1, high=2), "validation": Counter(low=1)}
     assert resolve_labels(rows, ["low", "high"]) == ["low", "high"]
@@ -105,13 +141,23 @@ def test_a_closed_set_keeps_its_order():
     ("rows", "closed", "words"),
     [
         ({"train": Counter(a=9)}, None, "1 label found"),
-        ({"train": Counter(a=9), "test": Counter(b=1)}, None, "no training row has the label 'b'"),
+        ({"train": Counter(a=9), "test": Counter(b=1)}, None, "no training row has 1 of the 2 labels"),
+        ({"train": Counter(a=9)}, ["a", "b"], "no training row has the label 'b'"),
         ({"train": Counter(a=9)}, ["a", "b", "c", "d", "e"], "'b', 'c', 'd' and 1 more"),
     ],
 )
 def test_labels_that_cannot_be_learned_are_named(rows, closed, words):
     with pytest.raises(UserError, match=words):
         resolve_labels(rows, closed)
+
+
+def test_labels_that_the_spec_does_not_list_are_never_named():
+    """They are text of the dataset, also where an earlier look has found them."""
+    rows = {"train": Counter(a=9), "test": Counter(secret=1)}
+    for resolved in (None, ["a", "secret"]):
+        with pytest.raises(UserError, match=r"dataset\.labels") as caught:
+            resolve_labels(rows, None, resolved)
+        assert "secret" not in caught.value.message
 
 
 def test_a_column_of_texts_is_no_column_of_labels():

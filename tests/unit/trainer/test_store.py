@@ -1,6 +1,9 @@
 """What is written to data/ is what training maps, byte for byte the same every time."""
 
+import tracemalloc
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from finetune_api.spec import Task
 from finetune_trainer.data.store import (
@@ -61,6 +64,28 @@ def test_the_same_rows_make_the_same_bytes(tmp_path):
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert len(one) == 3
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+
+
+def test_long_rows_do_not_wait_for_a_thousand_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_trainer.data.store.TOKENS_PER_BATCH", 100)
+    rows = [TokenizedRow([n] * 30, label=n) for n in range(10)]
+    write_split(tmp_path / "train", rows, Task.CLASSIFICATION)
+    reader = pa.ipc.open_file(pa.memory_map(str(tmp_path / "train" / "00000.arrow")))
+    assert [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)] == [4, 4, 2]
+    found = open_split(tmp_path, "train")
+    assert [(found.label(n), found.input_ids(n).tolist()) for n in range(10)] == [(n, [n] * 30) for n in range(10)]
+
+
+def test_rows_that_wait_take_little_memory(tmp_path):
+    tokens = 900 * 1000
+    tracemalloc.start()
+    try:
+        with SplitWriter(tmp_path / "train", Task.GENERATION) as writer:
+            for _ in range(900):
+                writer.write(TokenizedRow(list(range(1000, 2000)), [True] * 1000))
+            assert tracemalloc.get_traced_memory()[0] < 10 * tokens
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_empty_split_can_be_opened(tmp_path):

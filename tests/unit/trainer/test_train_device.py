@@ -17,7 +17,7 @@ from finetune_trainer.train.device import Device, cast_frozen, choose_device
 from finetune_trainer.train.loop import accumulate_gradients
 from finetune_trainer.workspace import Workspace
 
-from tests.unit.trainer.training_workspace import GENERATION, make_training
+from tests.unit.trainer.training_workspace import GENERATION, make_training, untie
 
 BF16 = Device(torch.device("cpu"), Precision.BF16, "cpu")
 
@@ -66,6 +66,25 @@ def test_frozen_weights_in_bf16_change_no_bit_of_loss_or_gradient(tmp_path: Path
     assert all(torch.equal(grads[name], cast_grads[name]) for name in grads)
     assert {w.dtype for w in trainable_state(cast_model).values()} == {torch.float32}
     assert sum(w.dtype is torch.bfloat16 for w in cast_model.parameters()) >= 12
+
+
+def test_an_adapted_output_layer_keeps_its_weights_too(tmp_path: Path) -> None:
+    plan = make_training(tmp_path, lora={"target_modules": ["lm_head", "q_proj"]}, **GENERATION)
+    untie(Workspace(tmp_path))
+    model = build_model(plan, Workspace(tmp_path), None)
+    cast_frozen(model, Precision.BF16)
+    types = {name: weight.dtype for name, weight in model.named_parameters() if "base_layer" in name}
+    assert types.pop("base_model.model.lm_head.base_layer.weight") is torch.float32
+    assert set(types.values()) == {torch.bfloat16}
+
+
+def test_a_layer_that_shares_the_embeddings_keeps_them_in_fp32(tmp_path: Path) -> None:
+    plan = make_training(tmp_path, **GENERATION)
+    model = build_model(plan, Workspace(tmp_path), None)
+    model.other_head = torch.nn.Linear(32, 320, bias=False)
+    model.other_head.weight = model.get_input_embeddings().weight
+    cast_frozen(model, Precision.BF16)
+    assert model.get_input_embeddings().weight.dtype is torch.float32
 
 
 def test_fp32_casts_nothing(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
-from tests.unit.trainer.training_workspace import GENERATION, LABELS, make_training, write_data
+from tests.unit.trainer.training_workspace import CLASSIFICATION_ROWS, GENERATION, LABELS, make_training, write_data
 
 SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 60}}
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
@@ -105,9 +105,43 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             train(plan, telemetry)
             break
         except Interrupted as interrupted:
-            assert interrupted.step is not None
-            step = f"step-{interrupted.step:08d}"
-            assert (tmp_path / "checkpoints" / step / "manifest.json").exists(), "the step that was told is safe"
+            assert interrupted.step is not None or (where, at) == ("_step", 1), "there was no step yet"
+            step = f"step-{interrupted.step or 0:08d}"
+            whole_step = (tmp_path / "checkpoints" / step / "manifest.json").exists()
+            assert whole_step or interrupted.step is None, "the step that was told is safe"
+    assert same_weights(plan, whole)
+    assert report(plan) == report(whole)
+
+
+@pytest.mark.parametrize("uninterrupted", ["classification", "generation"], indirect=True)
+def test_a_stop_does_not_wait_for_the_end_of_a_step(uninterrupted, tmp_path: Path, monkeypatch) -> None:
+    """SIGTERM arrives while step 6 has half of its gradients: they are dropped, and the run goes on exactly."""
+    whole, _, changes = uninterrupted
+    plan = make_training(tmp_path, **changes)
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    original, save = loop.predict, checkpoint.Checkpoints.save
+    gradients_at_save: list[int] = []
+    inside = 0
+
+    def predict(model, batch):
+        nonlocal inside
+        if torch.is_grad_enabled() and telemetry.progress.step == 5:
+            inside += 1
+            telemetry.stop_requested.set()
+        return original(model, batch)
+
+    def note(self, model, optimizer, state):
+        gradients_at_save.append(sum(weight.grad is not None for weight in model.parameters()))
+        save(self, model, optimizer, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "predict", predict)
+        patch.setattr(checkpoint.Checkpoints, "save", note)
+        with pytest.raises(Interrupted, match="stopped after step 5 of 12, which is saved") as interrupted:
+            train(plan, telemetry)
+    assert (interrupted.value.step, inside) == (5, 1)
+    assert gradients_at_save == [0, 0]
+    train(plan)
     assert same_weights(plan, whole)
     assert report(plan) == report(whole)
 
@@ -322,7 +356,7 @@ def test_the_best_checkpoint_is_the_one_that_is_judged_and_published(tmp_path: P
     result = train(plan)
     assert result.train.best_step == 8
     best = json.loads((tmp_path / "checkpoints" / "best" / "best.json").read_text())
-    assert best == {"step": 8, "score": 0.9}
+    assert best["best"] == {"step": 8, "score": 0.9}
     model = build_model(plan, Workspace(tmp_path), LABELS)
     load_trainable_state(model, tmp_path / "checkpoints" / "best" / "weights.safetensors")
     last, stored = weights(plan), weights(plan, "best")
@@ -345,6 +379,22 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path, monkeypat
         train(plan)
     assert caught.value.reason is Reason.NON_FINITE_LOSS
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_a_final_loss_that_is_not_finite_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_training(tmp_path)
+    original = Evaluator.__call__
+
+    def poison(self, name, model, data, on_batch):
+        found = original(self, name, model, data, on_batch)
+        final = len(data) == CLASSIFICATION_ROWS["test"]
+        return found.model_copy(update={"metrics": found.metrics | {"loss": float("nan")}}) if final else found
+
+    monkeypatch.setattr(Evaluator, "__call__", poison)
+    with pytest.raises(UserError, match=r"on the test split is not a finite number.*learningRate") as caught:
+        train(plan)
+    assert caught.value.reason is Reason.NON_FINITE_LOSS
+    assert not (tmp_path / "report" / "evaluation.json").exists()
 
 
 def test_a_learning_rate_that_explodes_is_found(tmp_path: Path) -> None:

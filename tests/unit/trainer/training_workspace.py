@@ -1,5 +1,6 @@
 """A workspace as prepare leaves it: a tiny model and random rows that can be learnt."""
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from finetune_api.plan import Plan
 from finetune_api.spec import Task
 from finetune_trainer.data.store import DataManifest, SplitManifest, TokenizedRow, write_manifest, write_split
 from finetune_trainer.workspace import Workspace
+from safetensors.torch import load_file, save_file
 
 from tests.models import save_tiny_bert, save_tiny_llama
 from tests.plans import make_plan
@@ -36,6 +38,15 @@ def make_training(folder: Path, rows: dict[str, int] | None = None, **changes: A
         shutil.copytree(tiny_model(plan.task), workspace.model)
     write_data(workspace, plan.task, rows or CLASSIFICATION_ROWS)
     return plan
+
+
+def untie(workspace: Workspace) -> None:
+    """Gives the generator's output layer weights of its own."""
+    settings = workspace.model / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": False}))
+    path = workspace.model / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
 
 
 def write_data(workspace: Workspace, task: Task, rows: dict[str, int], fingerprint: str = "f" * 64) -> None:

@@ -65,6 +65,16 @@ def example_texts(example: Example) -> list[str]:
             return [part for turn in turns for part in turn]
 
 
+def input_texts(example: Example) -> list[str]:
+    """The texts that a model is given before it answers; all of them where there is no answer to tell from them."""
+    match example:
+        case PromptCompletion(prompt, _):
+            return [prompt]
+        case Conversation(turns) if len(turns) > 1:
+            return example_texts(Conversation(turns[:-1]))
+    return example_texts(example)
+
+
 USUAL_COLUMNS = {
     "text": ("text", "sentence", "headline", "content"),
     "label": ("label", "labels", "category", "sentiment", "class"),
@@ -207,12 +217,20 @@ CONVERTERS: dict[DataFormat, Callable[[Row], Example]] = {
 }
 
 
-def recognise_format(file: SourceFile, source: PlanSource, task: Task) -> DataFormat:
+def usable_columns(source: PlanSource) -> set[str]:
+    """All columns in which a source may have any field."""
+    return {name for field in USUAL_COLUMNS for name in column_names(source, field)}
+
+
+def recognise_format(
+    file: SourceFile, source: PlanSource, task: Task, check: Callable[[], None] = lambda: None
+) -> DataFormat:
     """The source's format: as the spec says, else by the columns of the first row of `file` that can be read.
 
-    Raises UserError if the columns fit no format of the task.
+    `check` is called for every row until then, and may raise to stop. Raises UserError if the columns fit no
+    format of the task.
     """
-    first = next((row for row in read_rows(file) if isinstance(row, RawRow)), None)
+    first = _first_row(file, source, check)
     if first is None:
         raise UserError(Reason.DATA_INVALID, f"{file.field}: {file.name} has no rows that can be read")
     candidates = [source.format] if source.format else _candidates(source, task)
@@ -222,6 +240,14 @@ def recognise_format(file: SourceFile, source: PlanSource, task: Task) -> DataFo
     if len(candidates) == 1 and not file_kind(file).tabular:  # another row of a JSONL file may have them
         return candidates[0]
     raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or FORMATS[task], first))
+
+
+def _first_row(file: SourceFile, source: PlanSource, check: Callable[[], None]) -> RawRow | None:
+    for row in read_rows(file, usable_columns(source)):
+        check()
+        if isinstance(row, RawRow):
+            return row
+    return None
 
 
 def _candidates(source: PlanSource, task: Task) -> list[DataFormat]:
@@ -249,7 +275,7 @@ def convert_rows(
 ) -> Iterator[tuple[int, Example] | Rejection]:
     """(Line, example) of every valid row of a file, and the rejections of the others, in their order."""
     convert = CONVERTERS[data_format]
-    for row in read_rows(file):
+    for row in read_rows(file, usable_columns(source)):
         if isinstance(row, Rejection):
             yield row
             continue

@@ -15,7 +15,7 @@ def label_order(found: Iterable[str]) -> list[str]:
     """Sorted; by number if all are whole numbers, so that class ids of a dataset stay what they were."""
     labels = set(found)
     try:
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))  # "1" and "01" are the same number
     except ValueError:
         return sorted(labels)
 
@@ -30,17 +30,27 @@ def check_label_count(found: Mapping[str, int]) -> None:
         )
 
 
-def resolve_labels(rows: Mapping[str, Counter[str]], closed: list[str] | None) -> list[str]:
-    """The labels in the order of their class ids, from `rows` (split -> label -> rows) or the closed set.
+def resolve_labels(
+    rows: Mapping[str, Counter[str]], listed: list[str] | None, resolved: list[str] | None = None
+) -> list[str]:
+    """The labels in the order of their class ids, from `rows` (split -> label -> rows) or dataset.labels (`listed`);
+    `resolved` are those that an earlier look found.
 
-    Raises UserError (DataInvalid) if there are less than two, or one that training never sees.
+    Raises UserError (DataInvalid) if there are less than two, or one that training never sees. It names only
+    labels that the spec lists: others are text of the dataset.
     """
-    labels = closed or label_order(label for counts in rows.values() for label in counts)
+    labels = resolved or listed or label_order(label for counts in rows.values() for label in counts)
     if len(labels) < 2:
         raise UserError(
             Reason.DATA_INVALID, f"dataset.sources: {len(labels)} label found; a classification needs at least 2"
         )
     unseen = [label for label in labels if not rows["train"][label]]
+    if unseen and not listed:
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"dataset.sources: no training row has {len(unseen)} of the {len(labels)} labels: add such rows, "
+            "or list the labels in dataset.labels",
+        )
     if unseen:
         names = ", ".join(f"'{label}'" for label in unseen[:NAMED_IN_ERRORS])
         more = f" and {len(unseen) - NAMED_IN_ERRORS} more" if len(unseen) > NAMED_IN_ERRORS else ""

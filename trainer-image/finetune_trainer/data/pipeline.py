@@ -20,6 +20,7 @@ from finetune_trainer.data.split import Split, Splitter, content_key
 from finetune_trainer.fetch import SourceFile, fetch_source
 from finetune_trainer.telemetry.watch import Watch
 
+HELD_OUT_DETAIL = "a held-out source has the same text or prompt"
 CHECK_ROWS = 256
 """Rows between two looks at whether a stop was requested."""
 
@@ -87,7 +88,7 @@ def open_sources(dataset: PlanDataset, task: Task, downloads: Path, watch: Watch
         for source in _sources(dataset, split):
             watch.check()
             files = fetch_source(source, downloads / source.field, watch)
-            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, task)))
+            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, task, watch.check)))
     return opened
 
 
@@ -117,7 +118,7 @@ def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterato
                     continue
                 split = splitter.place(opened.origin, content_key(example))
                 if split is None:
-                    yield RejectedRow(file, Rejection(line, "held-out duplicate", "a held-out source has it"), False)
+                    yield RejectedRow(file, Rejection(line, "held-out duplicate", HELD_OUT_DETAIL), False)
                 else:
                     yield PlacedRow(file, line, split, example)
 

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -86,11 +86,14 @@ def file_kind(file: SourceFile) -> FileKind:
     return KINDS.get(suffix) or _sniff(file)
 
 
-def read_rows(file: SourceFile) -> Iterator[RawRow | Rejection]:
-    """All rows in their order; empty lines are none. Raises UserError (DataInvalid) for a file that cannot be read."""
+def read_rows(file: SourceFile, columns: Collection[str] | None = None) -> Iterator[RawRow | Rejection]:
+    """All rows in their order; empty lines are none. `columns`: those that are wanted, where others can be spared.
+
+    Raises UserError (DataInvalid) for a file that cannot be read.
+    """
     match file_kind(file):
         case FileKind.PARQUET:
-            yield from _read_parquet(file)
+            yield from _read_parquet(file, columns)
         case FileKind.CSV:
             yield from _read_csv(file)
         case FileKind.JSONL:
@@ -211,11 +214,13 @@ def _csv_records(file: SourceFile, reader: Any) -> Iterator[tuple[int, list[str]
             yield line, fields
 
 
-def _read_parquet(file: SourceFile) -> Iterator[RawRow | Rejection]:
+def _read_parquet(file: SourceFile, columns: Collection[str] | None) -> Iterator[RawRow | Rejection]:
     number = 0
     try:
         with pq.ParquetFile(file.path) as parquet:
-            for batch in parquet.iter_batches(PARQUET_ROWS):
+            names = parquet.schema_arrow.names
+            wanted = names if columns is None else [name for name in names if name in columns]
+            for batch in parquet.iter_batches(PARQUET_ROWS, columns=wanted or names):  # without columns no rows
                 for values in batch.to_pylist():
                     number += 1
                     yield RawRow(number, values)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from finetune_api.constants import Reason
 from finetune_api.plan import PlanDataset
 
-from finetune_trainer.data.convert import Example, example_texts
+from finetune_trainer.data.convert import Example, input_texts
 from finetune_trainer.errors import UserError
 
 SEPARATOR = "\x1f"
@@ -23,17 +23,19 @@ class Split(StrEnum):
 
 
 def content_key(example: Example) -> bytes:
-    """16 bytes that stand for the row's content, whatever its white space. A label is no part of it: the same text
-    with another label must not be held out and learned at once.
+    """16 bytes that stand for what the model is given, whatever its white space. What it is to answer is no part
+    of it: the same text with another label, or the same prompt with another completion, must not be held out and
+    learned at once. Rows with equal keys, exact duplicates among them, are all kept, in one split.
     """
-    content = SEPARATOR.join(" ".join(text.split()) for text in example_texts(example))
+    content = SEPARATOR.join(" ".join(text.split()) for text in input_texts(example))
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
 class Splitter:
     """Places rows one by one. Rows of test and validation sources must come before those of training sources.
 
-    The fractions are of the hashes' range: a row keeps its split when rows are added, and equal rows share one.
+    The fractions are of the hashes' range: a row keeps its split when rows are added, and rows with
+    equal keys share one.
     """
 
     def __init__(self, dataset: PlanDataset) -> None:
@@ -42,8 +44,8 @@ class Splitter:
         self._held_out: dict[bytes, Split] = {}
 
     def place(self, origin: Split, key: bytes) -> Split | None:
-        """The split of a row from a source of `origin`; None if a held-out source has the same row, which would
-        make a score dishonest.
+        """The split of a row from a source of `origin`; None if a held-out source has one with the same key,
+        which would make a score dishonest.
         """
         if self._held_out.get(key, origin) is not origin:
             return None

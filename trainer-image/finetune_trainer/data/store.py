@@ -3,7 +3,7 @@
     data/manifest.json
     data/<split>/00000.arrow ...
 
-One file holds at most `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`.
+One file holds at most `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,8 @@ from finetune_trainer.workspace import write_file
 MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 100_000
 ROWS_PER_BATCH = 1_000
+TOKENS_PER_BATCH = 1 << 20
+"""A record batch ends with the row that reaches it: so much is kept in memory."""
 
 _INPUT_IDS = pa.field("input_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False)
 _LOSS_MASK = pa.field("loss_mask", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False)
@@ -55,8 +57,8 @@ class DataManifest(Document):
 class TokenizedRow(NamedTuple):
     """One row as training sees it: `loss_mask` for Generation, `label` (class id) for Classification."""
 
-    input_ids: Sequence[int]
-    loss_mask: Sequence[bool] | None = None
+    input_ids: Sequence[int] | npt.NDArray[np.int32]
+    loss_mask: Sequence[bool] | npt.NDArray[np.bool_] | None = None
     label: int | None = None
     truncated: bool = False
 
@@ -72,17 +74,20 @@ class SplitWriter:
         self._buffer: list[TokenizedRow] = []
         self._writer: Any = None
         self._shards = 0
-        self._rows_in_shard = 0
+        self._rows_in_shard = self._tokens_in_buffer = 0
         self._rows = self._tokens = self._supervised = self._truncated = 0
 
     def write(self, row: TokenizedRow) -> None:
-        self._buffer.append(row)
+        ids = np.asarray(row.input_ids, np.int32)  # a list takes ten times as much
+        mask = None if row.loss_mask is None else np.asarray(row.loss_mask, np.bool_)
+        self._buffer.append(row._replace(input_ids=ids, loss_mask=mask))
         self._rows += 1
-        self._tokens += len(row.input_ids)
-        self._supervised += 1 if row.loss_mask is None else int(np.count_nonzero(row.loss_mask))
+        self._tokens += len(ids)
+        self._tokens_in_buffer += len(ids)
+        self._supervised += 1 if mask is None else int(np.count_nonzero(mask))
         self._truncated += row.truncated
         shard_is_full = self._rows_in_shard + len(self._buffer) >= self._rows_per_shard
-        if shard_is_full or len(self._buffer) >= ROWS_PER_BATCH:
+        if shard_is_full or len(self._buffer) >= ROWS_PER_BATCH or self._tokens_in_buffer >= TOKENS_PER_BATCH:
             self._flush()
         if shard_is_full:
             self._close_shard()
@@ -112,6 +117,7 @@ class SplitWriter:
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._rows_in_shard += len(self._buffer)
         self._buffer.clear()
+        self._tokens_in_buffer = 0
 
     def _close_shard(self) -> None:
         if self._writer is not None:

@@ -5,6 +5,7 @@ from finetune_api.constants import Reason
 from finetune_api.plan import Plan, PlanLora
 from finetune_api.spec import MethodType, Task
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,7 @@ POOLER = "pooler"
 def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     """Freezes what the method does not train; LoRA puts its adapters in, drawn from the current RNG.
 
-    Raises UserError if there is nothing that LoRA could adapt.
+    Raises UserError if there is nothing that LoRA could adapt, or a layer that it may not.
     """
     head = head_modules(model) if plan.task is Task.CLASSIFICATION else []
     adapted: torch.nn.Module = model
@@ -105,4 +106,21 @@ def _with_lora(model: PreTrainedModel, task: Task, lora: PlanLora, head: list[st
             f"method.lora.targetModules: {', '.join(lora.target_modules)} cannot be adapted in "
             f"{type(model).__name__}; its linear layers are called {', '.join(names)}",
         ) from error
+    _refuse_tied(model, adapted)
     return adapted
+
+
+def _refuse_tied(model: PreTrainedModel, adapted: torch.nn.Module) -> None:
+    """Raises UserError if LoRA adapts one of two layers with the same weights: merging it would change the other."""
+    output = model.get_output_embeddings()
+    weight = getattr(output, "weight", None)
+    if weight is None or weight is not getattr(model.get_input_embeddings(), "weight", None):
+        return
+    layers = ((name, layer) for name, layer in adapted.named_modules() if isinstance(layer, BaseTunerLayer))
+    tied = sorted(name.rsplit(".", 1)[-1] for name, layer in layers if layer.get_base_layer().weight is weight)
+    if tied:
+        raise UserError(
+            Reason.INVALID_SPEC,
+            f"method.lora.targetModules: {', '.join(tied)} of {type(model).__name__} cannot be adapted: its output "
+            "layer and its input embeddings share their weights; leave it out, or use method.type Full",
+        )

@@ -59,8 +59,11 @@ def check_task(config: Any, task: Task) -> None:
         raise _invalid(f"({architecture}) is an encoder, it cannot generate text: use a causal language model")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Raises UserError (ModelInvalid) if it cannot end a generated text."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, task: Task, vocabulary_size: int | None = None) -> None:
+    """Raises UserError (ModelInvalid) if it cannot end a generated text, or pads with what the model does not know."""
+    padding = tokenizer.pad_token_id
+    if vocabulary_size is not None and isinstance(padding, int) and padding >= vocabulary_size:
+        raise _invalid(f"has a tokenizer that pads with token {padding}, but it has only {vocabulary_size} embeddings")
     if tokenizer.eos_token_id is None and task is Task.GENERATION:
         raise _invalid("has a tokenizer without an end-of-text token, which Generation needs")
 

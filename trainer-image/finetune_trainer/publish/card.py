@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from finetune_api.plan import Plan
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
@@ -12,7 +13,7 @@ from finetune_api.status import ModelStatus, decimal
 from huggingface_hub import ModelCardData
 
 from finetune_trainer.publish.export import CONFIG_FOLDER, foundation_name
-from finetune_trainer.publish.sums import SUMS
+from finetune_trainer.publish.sums import SUMS, TAG
 
 HUB_METRICS = {
     Metric.ACCURACY: "accuracy",
@@ -41,11 +42,12 @@ def model_card(
     *,
     model: ModelStatus,
     best_step: int,
+    dtype: torch.dtype,
     versions: dict[str, str],
 ) -> str:
     """The card as Markdown with Hugging Face's metadata; the same input gives the same text.
 
-    `model` is the foundation model.
+    `model` is the foundation model, `dtype` the type that the published weights are stored in.
     """
     sections = [
         f"# {plan.job.name}",
@@ -54,7 +56,7 @@ def model_card(
         _loading(plan, model.revision),
         f"`sha256sum -c {SUMS}` tells whether all files are here and unharmed.",
         "## Scores",
-        *_scores(evaluation),
+        *_scores(evaluation, dtype),
         "## Data",
         *_data(data),
         "## Training",
@@ -73,7 +75,7 @@ def _metadata(plan: Plan) -> str:
         library_name="peft" if adapter else "transformers",
         pipeline_tag=TEXT_CLASSIFICATION if plan.task is Task.CLASSIFICATION else TEXT_GENERATION,
         metrics=list(dict.fromkeys(HUB_METRICS[metric] for metric in plan.evaluation.metrics if metric in HUB_METRICS)),
-        tags=["finetune-operator", *(["lora"] if plan.method is MethodType.LORA else [])],
+        tags=[TAG, *(["lora"] if plan.method is MethodType.LORA else [])],
     )
     return str(card.to_yaml()).strip()
 
@@ -115,13 +117,19 @@ def _loading(plan: Plan, revision: str | None) -> str:
     return f"```python\n{code}\n```"
 
 
-def _scores(evaluation: EvaluationReport) -> list[str]:
+def _scores(evaluation: EvaluationReport, dtype: torch.dtype) -> list[str]:
     tuned, baseline = evaluation.tuned, evaluation.baseline
     rows = [(name, decimal(value), decimal(baseline.metrics.get(name)) or "–") for name, value in tuned.metrics.items()]
     parts = [
         f"On the {evaluation.split} split ({evaluation.rows:,} rows).",
         _table(("Metric", "Tuned", f"Baseline ({baseline.name})"), rows),
     ]
+    if dtype is not torch.float32:
+        parts.append(
+            f"The weights are stored as {str(dtype).removeprefix('torch.')}, as the foundation model's are. The scores "
+            "are those of the tuned weights before they were rounded to that; the rounded ones may score slightly "
+            "differently."
+        )
     if tuned.classes:
         classes = (
             (c.label, decimal(c.precision), decimal(c.recall), decimal(c.f1), f"{c.support:,}") for c in tuned.classes

@@ -25,10 +25,14 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Floating-point types by their names in safetensors."""
 
 
-def export(model: Any, plan: Plan, workspace: Workspace, revision: str | None, folder: Path) -> None:
-    """Writes model and tokenizer to `folder`. `revision` is that of the foundation model; `model` is used up."""
+def export(model: Any, plan: Plan, workspace: Workspace, revision: str | None, folder: Path) -> torch.dtype:
+    """Writes model and tokenizer to `folder` and returns the type that the weights are stored in: fp32 for an
+    adapter, that of the foundation model for a complete model. `revision` is the foundation model's; `model`, which
+    has to be in fp32 so that merging rounds nothing, is used up.
+    """
     dtype = stored_dtype(workspace.model)
-    if plan.output.format is OutputFormat.ADAPTER:
+    adapter = plan.output.format is OutputFormat.ADAPTER
+    if adapter:
         _export_adapter(model, plan, dtype, revision, folder)
     else:
         complete = model.merge_and_unload() if isinstance(model, PeftModel) else model
@@ -37,6 +41,7 @@ def export(model: Any, plan: Plan, workspace: Workspace, revision: str | None, f
     for ours in ("is_local", "local_files_only"):  # how we loaded it is nothing to tell others
         tokenizer.init_kwargs.pop(ours, None)
     tokenizer.save_pretrained(folder)
+    return torch.float32 if adapter else dtype
 
 
 def _export_adapter(model: PeftModel, plan: Plan, dtype: torch.dtype, revision: str | None, folder: Path) -> None:

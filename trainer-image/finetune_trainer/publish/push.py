@@ -16,7 +16,7 @@ from finetune_api.plan import Location
 from fsspec.callbacks import Callback
 
 from finetune_trainer.errors import Interrupted, StageError, UserError
-from finetune_trainer.publish.sums import SUMS, artifact_files, listed_names
+from finetune_trainer.publish.sums import CARD, SUMS, artifact_files, published_names
 from finetune_trainer.storage import display_uri, filesystem, hf_token, scheme, storage_errors
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.workspace import new_folder
@@ -41,7 +41,7 @@ def push(folder: Path, location: Location, telemetry: Telemetry, done: float = 0
     `done` is the share of the stage's progress that is already made. Raises UserError(OutputFailed) if the
     location does not exist or may not be written to, StageError(OutputFailed) for what may work the next time.
     """
-    names = [*artifact_files(folder), SUMS]
+    names = [*sorted(artifact_files(folder), key=CARD.__eq__), SUMS]  # the card proves that the hashes are ours
     total = sum((folder / name).stat().st_size for name in names)
 
     def report(sent: int) -> None:
@@ -66,8 +66,10 @@ def push(folder: Path, location: Location, telemetry: Telemetry, done: float = 0
 def _copy(folder: Path, names: list[str], location: Location, report: Report) -> None:
     """Into a folder of a volume or of this machine, which is replaced as a whole."""
     target, uri = Path(location.path or ""), display_uri(location)
-    if target.exists() and not (target / SUMS).is_file() and (not target.is_dir() or any(target.iterdir())):
-        message = f"{FIELD}: {uri} holds other files than a published model; name a new or an empty folder"
+    if target.exists() and _holds_others(target):
+        message = (
+            f"{FIELD}: {uri} holds other files than a published model as it was left; name a new or an empty folder"
+        )
         raise UserError(Reason.OUTPUT_FAILED, message)
     sent = 0
     try:
@@ -87,12 +89,22 @@ def _copy(folder: Path, names: list[str], location: Location, report: Report) ->
         raise
 
 
+def _holds_others(target: Path) -> bool:
+    """Whether anything would be lost with the target but an earlier push."""
+    try:
+        ours = {target / name for name in published_names(lambda name: (target / name).read_bytes())}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        ours = set()
+    folders = {folder for path in ours for folder in path.parents}
+    return not target.is_dir() or any(path not in ours | folders for path in target.rglob("*"))
+
+
 def _upload(folder: Path, names: list[str], location: Location, report: Report) -> None:
     """To an object store, file by file."""
     files, root = filesystem(location)
     root = root.rstrip("/")
     try:
-        before = listed_names(files.cat_file(f"{root}/{SUMS}").decode(errors="replace"))
+        before = published_names(lambda name: files.cat_file(f"{root}/{name}"))
     except (FileNotFoundError, PermissionError):  # the first upload, or credentials that may only write
         before = set()
     sent = 0
@@ -135,7 +147,7 @@ def _push_to_hub(folder: Path, names: list[str], location: Location, telemetry: 
     def commit() -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         try:
-            before = listed_names(Path(api.hf_hub_download(repository, SUMS)).read_text(errors="replace"))
+            before = published_names(lambda name: Path(api.hf_hub_download(repository, name)).read_bytes())
         except RemoteEntryNotFoundError:
             before = set()
         old = sorted(before.difference(names))

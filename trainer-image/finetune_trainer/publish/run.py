@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from finetune_trainer.model.load import build_model
 from finetune_trainer.publish.card import model_card, software_versions
 from finetune_trainer.publish.export import export
 from finetune_trainer.publish.push import push, stop_if_asked
-from finetune_trainer.publish.sums import SUMS, write_sums
+from finetune_trainer.publish.sums import CARD, SUMS, write_sums
 from finetune_trainer.storage import display_uri
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train.checkpoint import Best, Checkpoints, identify
@@ -68,13 +69,21 @@ def _export(plan: Plan, workspace: Workspace, telemetry: Telemetry, share: float
     stop_if_asked(telemetry)
     with new_folder(workspace.artifacts) as folder:
         telemetry.update(activity=f"Exporting ({plan.output.format.value})", fraction=0.4 * share)
-        export(model, plan, workspace, data.model.revision, folder)
+        dtype = export(model, plan, workspace, data.model.revision, folder)
         stop_if_asked(telemetry)
-        card = model_card(plan, data, evaluation, model=data.model, best_step=best.step, versions=software_versions())
-        write_file(folder / "README.md", card)
+        card = model_card(
+            plan,
+            data,
+            evaluation,
+            model=data.model,
+            best_step=best.step,
+            dtype=dtype,
+            versions=software_versions(),
+        )
+        write_file(folder / CARD, card)
         write_file(folder / EVALUATION_REPORT, evaluation.to_json(indent=2))
         telemetry.update(activity="Hashing", fraction=0.8 * share)
-        write_sums(folder)
+        write_sums(folder, partial(stop_if_asked, telemetry))
         stop_if_asked(telemetry)
     telemetry.update(fraction=share)
 

@@ -49,8 +49,14 @@ class Telemetry:
     own connection.
     """
 
-    def __init__(self, stage: Stage, job: JobReference, port: int = TELEMETRY_PORT) -> None:
-        self.stop_requested = threading.Event()
+    def __init__(
+        self,
+        stage: Stage,
+        job: JobReference,
+        port: int = TELEMETRY_PORT,
+        stop_requested: threading.Event | None = None,
+    ) -> None:
+        self.stop_requested = stop_requested or threading.Event()
         """Set by SIGTERM: finish the step, save, raise Interrupted."""
         self.port: int | None = None
         """Where it listens, while it does."""

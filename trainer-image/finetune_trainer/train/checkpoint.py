@@ -6,7 +6,6 @@
 A step folder holds everything that the next step depends on. The manifest is written last.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -22,9 +21,9 @@ from finetune_api.plan import Plan
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.model.load import load_trainable_state, trainable_state
-from finetune_trainer.workspace import new_folder
+from finetune_trainer.workspace import hash_file, new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +74,13 @@ class Best(Document):
 class _File(Document):
     size: int
     sha256: str
+
+
+class _StoredBest(Document):
+    """best.json."""
+
+    best: Best
+    weights: _File
 
 
 class _Manifest(Document):
@@ -150,13 +156,22 @@ class Checkpoints:
     def save_best(self, model: torch.nn.Module, best: Best) -> None:
         with new_folder(self.best_folder) as folder:
             _save_weights(model, folder)
-            (folder / BEST).write_text(best.to_json(), encoding="utf-8")
+            stored = _StoredBest(best=best, weights=_describe(folder / WEIGHTS))
+            (folder / BEST).write_text(stored.to_json(), encoding="utf-8")
 
     def best(self) -> Best | None:
-        return _read_best(self.best_folder)
+        stored = _read_best(self.best_folder)
+        return stored.best if stored else None
 
     def load_best(self, model: torch.nn.Module) -> None:
-        load_trainable_state(model, self.best_folder / WEIGHTS)
+        """Puts the best weights into `model`; raises StageError if they are not those that were saved."""
+        path, stored = self.best_folder / WEIGHTS, _read_best(self.best_folder)
+        if stored is None or not path.is_file() or _describe(path) != stored.weights:
+            raise StageError(
+                Reason.STAGE_FAILED,
+                f"{path} is missing or damaged: delete the folder 'checkpoints' in the workspace and train again",
+            )
+        load_trainable_state(model, path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -167,7 +182,7 @@ class Checkpoints:
     def _clean_up(self) -> None:
         """A kill in `new_folder` leaves temporary folders; one between its two renames leaves `best` as one."""
         if not self.best_folder.exists():
-            whole = [(best.step, path) for path in self.folder.glob(".best.*") if (best := _read_best(path))]
+            whole = [(stored.best.step, path) for path in self.folder.glob(".best.*") if (stored := _read_best(path))]
             if whole:
                 min(whole)[1].rename(self.best_folder)  # the older one was surely synced
         for path in self.folder.glob(".*"):
@@ -196,8 +211,7 @@ def _save_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _describe(path: Path) -> _File:
-    with path.open("rb") as file:
-        return _File(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    return _File(size=path.stat().st_size, sha256=hash_file(path))
 
 
 def _verify(path: Path) -> tuple[str, _Manifest | None]:
@@ -214,9 +228,9 @@ def _verify(path: Path) -> tuple[str, _Manifest | None]:
     return "", manifest
 
 
-def _read_best(folder: Path) -> Best | None:
+def _read_best(folder: Path) -> _StoredBest | None:
     try:
-        return Best.model_validate_json((folder / BEST).read_bytes())
+        return _StoredBest.model_validate_json((folder / BEST).read_bytes())
     except (OSError, ValidationError):
         return None
 

@@ -64,12 +64,13 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
-    The output layer stays as it is: it may share its weights with the embeddings.
+    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too.
     """
     if precision is not Precision.BF16:
         return
-    output = model.get_output_embeddings()  # type: ignore[operator]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
         frozen = not any(weight.requires_grad for weight in module.parameters())
-        if isinstance(module, torch.nn.Linear) and module is not output and frozen:
+        if isinstance(module, torch.nn.Linear) and frozen and id(module.weight) not in kept:
             module.to(torch.bfloat16)

@@ -89,7 +89,7 @@ class Loop:
             group["lr"] = rate
         training_mode(self.model, self.plan.method)
         micro = self._read(step)
-        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self.telemetry.beat)
+        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,7 +144,7 @@ class Loop:
         started = time.monotonic()
         self._check_finite()
         self.telemetry.update(activity="Evaluating")
-        result = self.evaluator("tuned", self.model, self.validation, self._on_evaluation_batch)
+        result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._beat())
         step = self.state.step
         if not np.isfinite(result.metrics[Metric.LOSS]):
             raise self._non_finite("loss on validation", step)
@@ -171,7 +171,8 @@ class Loop:
         targets = self.state.loss_targets
         return float(self._loss_since_evaluation) / targets if targets else self.state.training_loss
 
-    def _on_evaluation_batch(self, _done: float) -> None:
+    def _beat(self) -> None:
+        """Between two micro-batches: the state is still that after the last whole step."""
         self._stop_if_asked()
         self.telemetry.beat()
 
@@ -187,9 +188,10 @@ class Loop:
     def _stop_if_asked(self) -> None:
         if not self.telemetry.stop_requested.is_set():
             return
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that is not whole: its room is needed no more
         step = self.state.step
         if step == 0:
-            raise Interrupted("stopped before the first step")
+            raise Interrupted("stopped before the first step was done")
         if self._saved != self.state:
             self._save()
         raise Interrupted(f"stopped after step {step} of {self.batches.total_steps}, which is saved", step)
@@ -201,10 +203,8 @@ class Loop:
 
     def _non_finite(self, what: str, step: int) -> UserError:
         kept = f"the checkpoint of step {self._saved.step} is kept" if self._saved else "no checkpoint was saved before"
-        return UserError(
-            Reason.NON_FINITE_LOSS,
-            f"the {what} is not a finite number at step {step} of {self.batches.total_steps}: lower "
-            f"training.learningRate (it is {self.plan.training.learning_rate:g}) or look for broken rows; {kept}",
+        return non_finite(
+            self.plan, f"{what} is not a finite number at step {step} of {self.batches.total_steps}", kept
         )
 
     def _evaluates_at(self, step: int) -> bool:
@@ -232,8 +232,8 @@ def accumulate_gradients(
     """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
-    i is drawn from (seed, i). `beat` is called before each. The result is a float64 scalar on the device: nothing
-    waits for it here.
+    i is drawn from (seed, i). `beat` is called before each, and may raise to stop. The result is a float64 scalar
+    on the device: nothing waits for it here.
     """
     targets = max(1, sum(len(batch.targets) for batch in micro))
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
@@ -245,6 +245,15 @@ def accumulate_gradients(
         (loss / targets).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
+
+
+def non_finite(plan: Plan, what: str, kept: str) -> UserError:
+    """What to do about a loss that is no number."""
+    return UserError(
+        Reason.NON_FINITE_LOSS,
+        f"the {what}: lower training.learningRate (it is {plan.training.learning_rate:g}) or look for broken rows; "
+        f"{kept}",
+    )
 
 
 def deciding_metric(plan: Plan) -> Metric:

@@ -13,7 +13,7 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Result, TrainResult
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
-from finetune_api.spec import BatchSize, Task
+from finetune_api.spec import BatchSize, Metric, Task
 from finetune_api.status import Score, decimal
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train.batches import BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
-from finetune_trainer.train.loop import Loop, make_optimizer
+from finetune_trainer.train.loop import Loop, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
@@ -101,6 +101,9 @@ class _Run:
         state = self._train(model, evaluator, newest)
         self.checkpoints.load_best(model)
         tuned = evaluator("tuned", model, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
+        if not np.isfinite(tuned.metrics[Metric.LOSS]):
+            what = f"loss of the tuned model on the {self.final_split} split is not a finite number"
+            raise non_finite(self.plan, what, "the trained model is kept in checkpoints/best")
         return self._conclude(state, tuned, untuned or self._majority_baseline(), model)
 
     def _prepare_model(self) -> tuple[torch.nn.Module, Evaluator]:
