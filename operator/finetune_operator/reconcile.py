@@ -249,10 +249,11 @@ class _Walk:
         if running:
             self._report(stage)
             return self._decision(change=change)
-        if any((pod.get("status") or {}).get("phase") == "Succeeded" for pod in pods):
-            self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")  # its Job will say so in a moment
-            return self._decision(change=change)
         starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
+        if len(pods) >= attempt and not starting and not self.spec.suspend:
+            # its Job has not judged yet how the last pod has ended
+            self.draft.running(False, Reason.BETWEEN_STAGES, f"the {stage} pod has ended")
+            return self._decision(change=change)
         trouble = self._trouble(pods, starting)
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
