@@ -168,6 +168,7 @@ BOUNDS = [
     _bound("dataset.labels", [0, 1], "must be of type string", "should be a valid string", place="[0]"),
     *_range("dataset.maxRejected", -0.1, "greater than or equal to 0", 1, "less than 1"),
     _choice("method.type", "QLoRA"),
+    _choice("method.lora.variant", "QLoRA"),
     *_range("method.lora.rank", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
     *_range("method.lora.alpha", 0, "greater than or equal to 1", 4097, "less than or equal to 4096"),
     *_range("method.lora.dropout", -0.1, "greater than or equal to 0", 1, "less than 1"),
@@ -423,7 +424,7 @@ EVERYTHING: Changes = {
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
     },
-    "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]}},
+    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]}},
     "training": {
         "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
         "maxLength": 128, "precision": "bf16", "seed": 7, "schedule": "Linear", "warmupRatio": 0, "weightDecay": 0,
@@ -482,6 +483,7 @@ VALID = [
     Valid("at sign in a path", {"model.uri": "https://host/a@b"}),
     Valid("Head", {"method.type": "Head", "output.format": "Merged"}),
     Valid("Full", {"method.type": "Full"}),
+    *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
     Valid("gate of generation", {"evaluation": {"metrics": ["perplexity", "loss"],
@@ -516,6 +518,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "method": (LEFT_OUT, {"type": "Full"}),
     "method.lora": (LEFT_OUT, {}),
     "method.lora.rank": (8, 16),
+    "method.lora.variant": (LEFT_OUT, "RsLoRA"),
     "training": (LEFT_OUT, {"seed": 43}),
     "training.epochs": (LEFT_OUT, 3),
     "training.batchSize": (LEFT_OUT, {"sequences": 32}),

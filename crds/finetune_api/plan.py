@@ -9,7 +9,18 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.spec import Columns, DataFormat, Gate, MethodType, Metric, OutputFormat, Precision, Schedule, Task
+from finetune_api.spec import (
+    Columns,
+    DataFormat,
+    Gate,
+    LoraVariant,
+    MethodType,
+    Metric,
+    OutputFormat,
+    Precision,
+    Schedule,
+    Task,
+)
 
 
 class JobReference(Document):
@@ -56,6 +67,7 @@ class PlanDataset(Document):
 
 
 class PlanLora(Document):
+    variant: LoraVariant = LoraVariant.LORA
     rank: int
     alpha: int
     dropout: float

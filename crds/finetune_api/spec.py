@@ -73,6 +73,12 @@ class MethodType(StrEnum):
     HEAD = "Head"
 
 
+class LoraVariant(StrEnum):
+    LORA = "LoRA"
+    RS_LORA = "RsLoRA"
+    DORA = "DoRA"
+
+
 class DataFormat(StrEnum):
     MESSAGES = "Messages"
     PROMPT_COMPLETION = "PromptCompletion"
@@ -183,8 +189,12 @@ class DatasetSpec(Document):
 
 
 class LoraSpec(Document):
+    variant: LoraVariant = Field(
+        LoraVariant.LORA, description="LoRA. RsLoRA: the scale falls with the root of the rank, which keeps high ranks learning (https://arxiv.org/abs/2312.03732). "
+        "DoRA: length and direction of the weights are trained apart; slower, often better at low ranks (https://arxiv.org/abs/2402.09353)."
+    )
     rank: int | None = Field(None, ge=1, le=1024, description="Rank of the update matrices. Left out: 16.")
-    alpha: int | None = Field(None, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank. Left out: twice the rank.")
+    alpha: int | None = Field(None, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank, with RsLoRA by alpha / sqrt(rank). Left out: twice the rank, with RsLoRA 8; both scale by 2 at rank 16.")
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout on the adapter's input. Left out: 0.05.")
     target_modules: Annotated[list[Column], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Names of the linear layers that get adapters. Left out: all linear layers of the transformer blocks."

@@ -28,6 +28,7 @@ from finetune_api.spec import (
     Columns,
     FineTuneJobSpec,
     LoraSpec,
+    LoraVariant,
     MethodType,
     Metric,
     ModelSpec,
@@ -47,6 +48,9 @@ EPOCHS = 3.0
 VALIDATION_FRACTION = 0.1
 LORA_RANK = 16
 LORA_DROPOUT = 0.05
+RS_LORA_ALPHA = 8
+"""Divided by the root of the usual rank it is 2, the scale of the other variants. It does not grow with the rank: that
+the scale falls with the rank's root is what keeps the size of the updates (https://arxiv.org/abs/2312.03732)."""
 BATCH_SEQUENCES = {Task.CLASSIFICATION: 32, Task.GENERATION: 16}
 MAX_LENGTH = {Task.CLASSIFICATION: 512, Task.GENERATION: 2048}
 METRICS = {
@@ -178,7 +182,7 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
     precision = (found and found.precision) or training.precision
     batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
     return ResolvedStatus(
-        method=f"{plan.method} r={lora.rank} alpha={lora.alpha}" if lora else plan.method,
+        method=f"{lora.variant} r={lora.rank} alpha={lora.alpha}" if lora else plan.method,
         epochs=decimal(training.epochs),
         max_steps=training.max_steps,
         learning_rate=decimal(training.learning_rate) or "",
@@ -234,8 +238,9 @@ def _lora(spec: FineTuneJobSpec) -> PlanLora | None:
     lora = spec.method.lora or LoraSpec()
     rank = lora.rank or LORA_RANK
     return PlanLora(
+        variant=lora.variant,
         rank=rank,
-        alpha=lora.alpha or 2 * rank,
+        alpha=lora.alpha or (RS_LORA_ALPHA if lora.variant is LoraVariant.RS_LORA else 2 * rank),
         dropout=LORA_DROPOUT if lora.dropout is None else lora.dropout,
         target_modules=lora.target_modules,
     )

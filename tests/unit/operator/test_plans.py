@@ -83,12 +83,27 @@ def test_a_spec_of_three_lines_gets_what_the_descriptions_promise():
         (TrainingSpec, "checkpoint_steps", "a twentieth of the run"),
         (TrainingSpec, "evaluation_steps", "once per epoch"),
         (LoraSpec, "rank", "Left out: 16."),
-        (LoraSpec, "alpha", "twice the rank"),
+        (LoraSpec, "alpha", "twice the rank, with RsLoRA 8"),
         (LoraSpec, "dropout", "Left out: 0.05."),
     ],
 )
 def test_the_defaults_asserted_here_are_those_that_kubectl_explain_shows(model, field, promise):
     assert promise in model.model_fields[field].description
+
+
+@pytest.mark.parametrize(
+    ("lora", "alpha", "shown"),
+    [
+        ({"variant": "DoRA", "rank": 4}, 8, "DoRA r=4 alpha=8"),
+        ({"variant": "RsLoRA"}, 8, "RsLoRA r=16 alpha=8"),
+        ({"variant": "RsLoRA", "rank": 64}, 8, "RsLoRA r=64 alpha=8"),
+        ({"variant": "RsLoRA", "alpha": 32}, 32, "RsLoRA r=16 alpha=32"),
+    ],
+)
+def test_the_variant_of_lora_is_shown_and_has_its_own_usual_alpha(lora, alpha, shown):
+    plan = make_plan(method={"lora": lora})
+    assert (plan.lora.variant, plan.lora.alpha) == (lora["variant"], alpha)
+    assert resolved_status(plan, None, None).method == shown
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from finetune_api.constants import Reason
 from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.model.load import build_model, load_tokenizer, load_trainable_state, trainable_state
 from finetune_trainer.workspace import Workspace
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -104,6 +105,25 @@ def test_lora_refuses_a_layer_that_shares_its_weights(llama: Workspace, name: st
 
 def lora_targets_of_any_kind(model: torch.nn.Module) -> set[str]:
     return {name for name in trainable_state(model) if "lora_" in name}
+
+
+def test_dora_trains_the_length_of_every_adapted_weight_too(bert: Workspace) -> None:
+    names = [name for name in trainable_state(build(bert, lora={"variant": "DoRA"})) if "lora_magnitude_vector" in name]
+    assert len(names) == 12
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("LoRA", 2.0), ("RsLoRA", 4.0), ("DoRA", 2.0)])
+def test_the_variant_decides_the_scale(bert: Workspace, variant: str, scale: float) -> None:
+    layers = build(bert, lora={"variant": variant, "rank": 4, "alpha": 8}).modules()
+    assert {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLayer)} == {scale}
+
+
+def test_dora_starts_as_the_untuned_model(llama: Workspace) -> None:
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        adapted = build(llama, lora={"variant": "DoRA"}, **GENERATION).eval()(input_ids=ids).logits
+        plain = build(llama, method="Full", **GENERATION).eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted, plain, atol=1e-5, rtol=0)
 
 
 def test_lora_starts_as_the_untuned_model(llama: Workspace) -> None:

@@ -211,6 +211,28 @@ def stop_after(plan: Plan, step: int) -> Telemetry:
     return telemetry
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"lora": {"variant": "RsLoRA"}},
+    "DoRA": {"lora": {"variant": "DoRA"}},
+    "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_every_method_goes_on_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {**changes, "training": {**SAVES["training"], **changes.get("training", {})}}
+    whole = make_training(tmp_path / "whole", **changes)
+    result = train(whole)
+    plan = make_training(tmp_path / "stopped", **changes)
+    for step in (2, 3, 5, 8, 11):
+        with pytest.raises(Interrupted):
+            train(plan, stop_after(plan, step))
+    again = train(plan)
+    assert same_weights(plan, whole)
+    assert report(plan) == report(whole)
+    assert again.train.scores == result.train.scores
+
+
 def test_the_log_of_a_resumed_run_has_every_step_once(uninterrupted, tmp_path: Path) -> None:
     whole, _, changes = uninterrupted
     plan = make_training(tmp_path, **changes)

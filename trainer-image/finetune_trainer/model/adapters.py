@@ -3,7 +3,7 @@
 import torch
 from finetune_api.constants import Reason
 from finetune_api.plan import Plan, PlanLora
-from finetune_api.spec import MethodType, Task
+from finetune_api.spec import LoraVariant, MethodType, Task
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -92,6 +92,8 @@ def _with_lora(model: PreTrainedModel, task: Task, lora: PlanLora, head: list[st
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.variant is LoraVariant.RS_LORA,
+        use_dora=lora.variant is LoraVariant.DORA,
         target_modules=targets,
         modules_to_save=head or None,
     )

@@ -204,7 +204,7 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
 
 def _method(plan: Plan) -> str:
     lora = plan.lora
-    return plan.method.value if lora is None else f"{plan.method.value} (rank {lora.rank}, alpha {lora.alpha})"
+    return plan.method.value if lora is None else f"{lora.variant.value} (rank {lora.rank}, alpha {lora.alpha})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
