@@ -175,6 +175,10 @@ BOUNDS = [
     _bound("method.lora.targetModules", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("method.lora.targetModules", 64, "x"),
     _bound("method.lora.targetModules", [""], "at least 1 chars long", "at least 1 character", place="[0]"),
+    *_range("method.trainable.lastLayers", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
+    *_range("method.headFirst.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
+    *_range("method.headFirst.steps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
+    *_range("method.headFirst.learningRate", 0, "greater than 0", 10.1, "less than or equal to 10"),
     *_range("training.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
     *_range("training.maxSteps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
     _bound("training.maxSteps", 1.5, "must be of type integer", "should be a valid integer"),
@@ -273,6 +277,7 @@ BOUNDS = [
     _needs("model", "model", LEFT_OUT),
     _needs("dataset", "dataset", LEFT_OUT),
     _needs("model", "model.uri", {}),
+    _needs("method.trainable", "method.trainable.lastLayers", {}),
     _needs("model.secretRef", "model.secretRef.name", {}),
     _needs("dataset", "dataset.sources", {}),
     _needs("dataset.sources", "dataset.sources[0].uri", [{}]),
@@ -345,6 +350,25 @@ RULES = [
             words="lora is for type LoRA only"),
     Invalid("LoRA settings for Head", {"method": {"type": "Head", "lora": {"rank": 8}}}, field="spec.method.lora",
             words="lora is for type LoRA only"),
+    *(
+        Invalid(f"last layers of {kind}", {"method": {"type": kind, "trainable": {"lastLayers": 2}}},
+                field="spec.method.trainable", words="trainable is for type Full only")
+        for kind in ("LoRA", "Head")
+    ),
+    Invalid("head before the head", {"method": {"type": "Head", "headFirst": {"epochs": 1}}},
+            field="spec.method.headFirst", words="headFirst is for types LoRA and Full"),
+    Invalid("head of a generator first", {"method": {"type": "Full", "headFirst": {"epochs": 1}}}, GENERATION,
+            field="spec.method.headFirst", words="headFirst is for task Classification"),
+    Invalid("head first without a length", {"method.headFirst": {"learningRate": 0.01}}, field="spec.method.headFirst",
+            words="give either epochs or steps"),
+    Invalid("head first in epochs and steps", {"method.headFirst": {"epochs": 1, "steps": 1}},
+            field="spec.method.headFirst", words="give either epochs or steps"),
+    Invalid("head for all of the usual epochs", {"method.headFirst": {"epochs": 3}},
+            field="spec.method.headFirst.epochs", words="headFirst must leave some of training.epochs"),
+    Invalid("head for more than all epochs", {"method.headFirst": {"epochs": 2}, "training.epochs": 1.5},
+            field="spec.method.headFirst.epochs", words="headFirst must leave some of training.epochs"),
+    Invalid("head for all steps", {"method.headFirst": {"steps": 10}, "training.maxSteps": 10},
+            field="spec.method.headFirst.steps", words="headFirst must leave some of training.maxSteps"),
     Invalid("batch size twice", {"training.batchSize": {"sequences": 8, "tokens": 8}}, field="spec.training.batchSize",
             words="give either sequences or tokens"),
     Invalid("empty batch size", {"training.batchSize": {}}, field="spec.training.batchSize",
@@ -424,7 +448,8 @@ EVERYTHING: Changes = {
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
     },
-    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]}},
+    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]},
+               "headFirst": {"epochs": 0.5, "learningRate": 0.002}},
     "training": {
         "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
         "maxLength": 128, "precision": "bf16", "seed": 7, "schedule": "Linear", "warmupRatio": 0, "weightDecay": 0,
@@ -483,6 +508,13 @@ VALID = [
     Valid("at sign in a path", {"model.uri": "https://host/a@b"}),
     Valid("Head", {"method.type": "Head", "output.format": "Merged"}),
     Valid("Full", {"method.type": "Full"}),
+    Valid("last layers", {"method": {"type": "Full", "trainable": {"lastLayers": 2}}}),
+    Valid("last layers of a generator", {"method": {"type": "Full", "trainable": {"lastLayers": 1024}}}, GENERATION),
+    Valid("head first", {"method": {"type": "Full", "headFirst": {"epochs": 2}}}),
+    Valid("head first, then the last layers", {"method": {
+        "type": "Full", "trainable": {"lastLayers": 1}, "headFirst": {"steps": 9}}, "training.maxSteps": 10}),
+    Valid("head first in steps of a run in epochs", {"method.headFirst": {"steps": 900}}),
+    Valid("head first in epochs of a run in steps", {"method.headFirst": {"epochs": 3}, "training.maxSteps": 10}),
     *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
@@ -519,6 +551,9 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "method.lora": (LEFT_OUT, {}),
     "method.lora.rank": (8, 16),
     "method.lora.variant": (LEFT_OUT, "RsLoRA"),
+    "method.headFirst": (LEFT_OUT, {"epochs": 1}),
+    "method.headFirst.epochs": (1, 2),
+    "method.trainable.lastLayers": (1, 2),
     "training": (LEFT_OUT, {"seed": 43}),
     "training.epochs": (LEFT_OUT, 3),
     "training.batchSize": (LEFT_OUT, {"sequences": 32}),
@@ -543,7 +578,10 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "output.uri": (LEFT_OUT, "s3://bucket/out"),
     "output.format": (LEFT_OUT, "Adapter"),
 }
-_NEEDED: dict[str, Changes] = {"evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}}}
+_NEEDED: dict[str, Changes] = {
+    "method.trainable.lastLayers": {"method.type": "Full"},
+    "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
+}
 
 UPDATES = [
     *(

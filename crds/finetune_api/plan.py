@@ -74,6 +74,14 @@ class PlanLora(Document):
     target_modules: list[str] | None = Field(None, description="None: all linear layers of the transformer blocks.")
 
 
+class PlanHeadFirst(Document):
+    """Exactly one of epochs and steps is set."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float
+
+
 class PlanTraining(Document):
     epochs: float | None = Field(None, description="Set exactly if max_steps is not.")
     max_steps: int | None = None
@@ -118,6 +126,8 @@ class Plan(Document):
     dataset: PlanDataset
     method: MethodType
     lora: PlanLora | None = None
+    last_layers: int | None = Field(None, description="Full only. None: all weights are trained.")
+    head_first: PlanHeadFirst | None = None
     training: PlanTraining
     evaluation: PlanEvaluation
     device: PlanDevice

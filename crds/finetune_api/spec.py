@@ -201,10 +201,32 @@ class LoraSpec(Document):
     )
 
 
+class TrainableSpec(Document):
+    last_layers: int = Field(
+        ge=1, le=1024, description="Train the last so many transformer blocks, the final norm and the head; embeddings, and an output layer that shares their weights, stay frozen."
+    )
+
+
+class HeadFirst(Document):
+    rules: ClassVar = (Rule("has(self.epochs) != has(self.steps)", "give either epochs or steps, not both and not neither"),)
+    epochs: float | None = Field(None, gt=0, le=1000, description="Passes over the training rows with the head alone; they count towards training.epochs.")
+    steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps with the head alone, instead of epochs; they count towards training.maxSteps.")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="Peak learning rate of these steps. Left out: 0.001.")
+
+
 class MethodSpec(Document):
-    rules: ClassVar = (Rule("!has(self.lora) || self.type == 'LoRA'", "lora is for type LoRA only", "lora"),)
+    rules: ClassVar = (
+        Rule("!has(self.lora) || self.type == 'LoRA'", "lora is for type LoRA only", "lora"),
+        Rule("!has(self.trainable) || self.type == 'Full'", "trainable is for type Full only; LoRA and Head say themselves what they train", "trainable"),
+        Rule("!has(self.headFirst) || self.type != 'Head'", "headFirst is for types LoRA and Full; Head trains nothing but the head", "headFirst"),
+    )
     type: MethodType = Field(MethodType.LORA, description="LoRA: small adapters beside frozen weights. Full: all weights. Head: the classification head only.")
     lora: LoraSpec | None = Field(None, description="Settings of LoRA.")
+    trainable: TrainableSpec | None = Field(None, description="Which weights type Full trains. Left out: all.")
+    head_first: HeadFirst | None = Field(
+        None, description="Train the fresh classification head alone first, then everything: so it does not distort what the model knows (https://arxiv.org/abs/2202.10054). "
+        "Warm-up and schedule run once for each part."
+    )
 
 
 class BatchSize(Document):
@@ -325,6 +347,14 @@ class FineTuneJobSpec(Document):
 
     rules: ClassVar = (
         Rule("self.task == 'Classification' || self.method.type != 'Head'", "Head is for task Classification; use LoRA or Full", "method.type"),
+        Rule("self.task == 'Classification' || !has(self.method.headFirst)",
+             "headFirst is for task Classification: a generator has no fresh head", "method.headFirst"),
+        Rule("!has(self.method.headFirst) || !has(self.method.headFirst.epochs) || has(self.training.maxSteps) "
+             "|| self.method.headFirst.epochs < (has(self.training.epochs) ? self.training.epochs : 3.0)",
+             "headFirst must leave some of training.epochs (3 if left out) for the rest of the weights", "method.headFirst.epochs"),
+        Rule("!has(self.method.headFirst) || !has(self.method.headFirst.steps) || !has(self.training.maxSteps) "
+             "|| self.method.headFirst.steps < self.training.maxSteps",
+             "headFirst must leave some of training.maxSteps for the rest of the weights", "method.headFirst.steps"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         _format_fits_task("dataset.sources"),
         _format_fits_task("dataset.validation.sources"),

@@ -16,6 +16,7 @@ from finetune_api.plan import (
     PlanDataset,
     PlanDevice,
     PlanEvaluation,
+    PlanHeadFirst,
     PlanLora,
     PlanModel,
     PlanOutput,
@@ -69,6 +70,7 @@ LEARNING_RATE = {
     # A fresh linear layer on fixed features: Adam's own default (https://arxiv.org/abs/1412.6980).
     (MethodType.HEAD, Task.CLASSIFICATION): 1e-3,
 }
+HEAD_LEARNING_RATE = LEARNING_RATE[MethodType.HEAD, Task.CLASSIFICATION]
 
 
 class Layout(Protocol):
@@ -161,6 +163,8 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         dataset=_dataset(spec, stage, layout),
         method=spec.method.type,
         lora=_lora(spec),
+        last_layers=spec.method.trainable.last_layers if spec.method.trainable else None,
+        head_first=_head_first(spec),
         training=_training(resource, spec),
         evaluation=PlanEvaluation(metrics=_metrics(spec), gate=spec.evaluation.gate),
         device=PlanDevice(
@@ -178,11 +182,12 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
 
 def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | None) -> ResolvedStatus:
     """The settings in force; what only the device decides comes from the running or the finished training."""
-    training, lora, found = plan.training, plan.lora, train or progress
+    training, found = plan.training, train or progress
     precision = (found and found.precision) or training.precision
     batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
     return ResolvedStatus(
-        method=f"{lora.variant} r={lora.rank} alpha={lora.alpha}" if lora else plan.method,
+        method=_method(plan),
+        head_first=_describe_head_first(plan.head_first) if plan.head_first else None,
         epochs=decimal(training.epochs),
         max_steps=training.max_steps,
         learning_rate=decimal(training.learning_rate) or "",
@@ -244,6 +249,25 @@ def _lora(spec: FineTuneJobSpec) -> PlanLora | None:
         dropout=LORA_DROPOUT if lora.dropout is None else lora.dropout,
         target_modules=lora.target_modules,
     )
+
+
+def _head_first(spec: FineTuneJobSpec) -> PlanHeadFirst | None:
+    wanted = spec.method.head_first
+    if wanted is None:
+        return None
+    rate = wanted.learning_rate or HEAD_LEARNING_RATE
+    return PlanHeadFirst(epochs=wanted.epochs, steps=wanted.steps, learning_rate=rate)
+
+
+def _method(plan: Plan) -> str:
+    if plan.lora:
+        return f"{plan.lora.variant} r={plan.lora.rank} alpha={plan.lora.alpha}"
+    return plan.method if plan.last_layers is None else f"{plan.method} lastLayers={plan.last_layers}"
+
+
+def _describe_head_first(first: PlanHeadFirst) -> str:
+    length = f"{decimal(first.epochs)} epochs" if first.epochs else f"{first.steps} steps"
+    return f"{length}, learning rate {decimal(first.learning_rate)}"
 
 
 def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:

@@ -121,6 +121,7 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
     config = facts.load_config(workspace.model, plan.model.trust_remote_code)
     facts.check_task(config, plan.task)
     model = findings.model = facts.read_facts(workspace.model, config, revision)
+    facts.check_layers(model, plan.last_layers)
     watch.check()
     tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
     facts.check_tokenizer(tokenizer, plan.task, model.vocabulary_size)

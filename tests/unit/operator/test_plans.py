@@ -8,7 +8,7 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.rules import parse_spec
-from finetune_api.spec import FineTuneJobSpec, LoraSpec, TrainingSpec
+from finetune_api.spec import FineTuneJobSpec, HeadFirst, LoraSpec, TrainingSpec
 from finetune_api.status import DataStatus, FineTuneJobStatus, ModelStatus
 from finetune_operator.observed import Key, Resource
 from finetune_operator.plans import PodLayout, build_plan, resolved_status
@@ -82,6 +82,7 @@ def test_a_spec_of_three_lines_gets_what_the_descriptions_promise():
         (TrainingSpec, "max_length", "at most 512 (Classification) or 2048 (Generation)"),
         (TrainingSpec, "checkpoint_steps", "a twentieth of the run"),
         (TrainingSpec, "evaluation_steps", "once per epoch"),
+        (HeadFirst, "learning_rate", "Left out: 0.001."),
         (LoraSpec, "rank", "Left out: 16."),
         (LoraSpec, "alpha", "twice the rank, with RsLoRA 8"),
         (LoraSpec, "dropout", "Left out: 0.05."),
@@ -104,6 +105,17 @@ def test_the_variant_of_lora_is_shown_and_has_its_own_usual_alpha(lora, alpha, s
     plan = make_plan(method={"lora": lora})
     assert (plan.lora.variant, plan.lora.alpha) == (lora["variant"], alpha)
     assert resolved_status(plan, None, None).method == shown
+
+
+def test_what_is_trained_is_shown():
+    method = {"type": "Full", "trainable": {"lastLayers": 2}, "headFirst": {"epochs": 0.5}}
+    plan = make_plan(method=method)
+    assert (plan.last_layers, plan.head_first.epochs, plan.head_first.learning_rate) == (2, 0.5, 1e-3)
+    resolved = resolved_status(plan, None, None)
+    assert (resolved.method, resolved.head_first) == ("Full lastLayers=2", "0.5 epochs, learning rate 0.001")
+    plan = make_plan(method={"headFirst": {"steps": 7, "learningRate": 0.01}})
+    assert (plan.last_layers, plan.head_first.steps) == (None, 7)
+    assert resolved_status(plan, None, None).head_first == "7 steps, learning rate 0.01"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The model of a job: what is trained, what is frozen, and which models are refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from finetune_api.constants import Reason
 from finetune_trainer.errors import StageError, UserError
+from finetune_trainer.model.adapters import head_weights
 from finetune_trainer.model.load import build_model, load_tokenizer, load_trainable_state, trainable_state
 from finetune_trainer.workspace import Workspace
 from peft.tuners.lora import LoraLayer
@@ -16,6 +18,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -153,6 +162,69 @@ def test_full_trains_every_weight_once(llama: Workspace) -> None:
     model = build(llama, method="Full", **GENERATION)
     assert sum(w.numel() for w in trainable_state(model).values()) == sum(w.numel() for w in model.parameters())
     assert "lm_head.weight" not in trainable_state(model)  # tied to the embeddings
+
+
+def parts(model: torch.nn.Module) -> set[str]:
+    """Modules with trained weights: down to the block."""
+    return {name.rsplit(".", 1)[0].split(".self_attn")[0].split(".mlp")[0] for name in trainable_state(model)}
+
+
+def test_the_last_layers_of_a_generator_are_trained_with_the_final_norm(llama: Workspace) -> None:
+    block = {"model.layers.1", "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"}
+    tied = build(llama, method="Full", last_layers=1, **GENERATION)
+    assert parts(tied) == block | {"model.norm"}
+    untie(llama)
+    assert parts(build(llama, method="Full", last_layers=1, **GENERATION)) == block | {"model.norm", "lm_head"}
+    every = parts(build(llama, method="Full", last_layers=2, **GENERATION))
+    assert "model.layers.0" in every
+    assert "model.embed_tokens" not in every
+
+
+def test_the_last_layers_of_a_classifier_are_trained_with_the_head(bert: Workspace) -> None:
+    names = set(trainable_state(build(bert, method="Full", last_layers=1)))
+    assert {name for name in names if not name.startswith("bert.encoder.layer.1.")} == HEAD
+    assert len(names) == len(HEAD) + 16
+
+
+def opt() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    return OPTForCausalLM(OPTConfig(vocab_size=320, word_embed_proj_dim=32, max_position_embeddings=128, **sizes))
+
+
+def bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=2))
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"), [(gpt2, "transformer.ln_f"), (opt, "model.decoder.final_layer_norm"), (bloom, "transformer.ln_f")]
+)
+def test_the_final_norm_is_found_wherever_it_stands(llama: Workspace, make: Callable, norm: str) -> None:
+    make().save_pretrained(llama.model)
+    names = trainable_state(build(llama, method="Full", last_layers=1, **GENERATION))
+    assert {name.rsplit(".", 1)[0] for name in names if ".1." not in name} == {norm}
+
+
+def test_more_layers_than_there_are_cannot_be_trained(bert: Workspace) -> None:
+    with pytest.raises(UserError, match=r"lastLayers: 3 layers .* BertForSequenceClassification has 2; ") as caught:
+        build(bert, method="Full", last_layers=3)
+    assert caught.value.reason is Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "Full"}, {"method": "Full", "last_layers": 1}])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_weights_of_the_head_are_found_under_any_method(
+    name: str, request: pytest.FixtureRequest, changes: dict[str, Any]
+) -> None:
+    workspace = request.getfixturevalue(name)
+    model = build(workspace, **changes)
+    head = trainable_state(build(workspace, method="Head"))
+    found = head_weights(model)
+    assert sorted(w.shape for w in found) == sorted(w.shape for w in head.values())
+    assert {id(w) for w in found} <= {id(w) for w in model.parameters() if w.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["LoRA", "Full", "Head"])

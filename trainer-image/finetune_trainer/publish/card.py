@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from finetune_api.plan import Plan
+from finetune_api.plan import Plan, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
@@ -181,6 +181,8 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
     targets = plan.lora and (", ".join(plan.lora.target_modules or ()) or "all linear layers of the transformer blocks")
     settings = {
         "method": _method(plan),
+        "trained layers": plan.last_layers and f"the last {plan.last_layers}, the final norm and the head",
+        "head alone first": plan.head_first and _head_first(plan.head_first),
         "LoRA dropout": plan.lora and plan.lora.dropout,
         "LoRA target modules": targets,
         "epochs": training.epochs,
@@ -200,6 +202,11 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "GPUs": plan.device.gpus * plan.device.nodes,
     }
     return [(name, value) for name, value in settings.items() if value is not None]
+
+
+def _head_first(first: PlanHeadFirst) -> str:
+    length = f"{first.epochs:g} epochs" if first.epochs else f"{first.steps} steps"
+    return f"{length}, learning rate {first.learning_rate:g}"
 
 
 def _method(plan: Plan) -> str:

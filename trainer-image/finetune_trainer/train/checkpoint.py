@@ -97,11 +97,13 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     free = {"checkpointSteps", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
+    settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}
     settings |= {
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],
         "model.revision": spec["model"].get("revision"),
         "method.type": spec["method"],
+        "method.trainable.lastLayers": spec.get("lastLayers"),
         "evaluation.metrics": spec["evaluation"]["metrics"],
     }
     return RunIdentity(fingerprint=fingerprint, settings=settings)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from finetune_api.constants import Reason
 from finetune_api.plan import Plan
-from finetune_api.spec import Metric, Task
+from finetune_api.spec import MethodType, Metric, Task
 
 from finetune_trainer.data.store import Rows
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluate.metrics import better
 from finetune_trainer.evaluate.predict import Evaluator
-from finetune_trainer.model.adapters import training_mode
+from finetune_trainer.model.adapters import head_weights, training_mode
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train.batches import BatchPlan, MicroBatch, collate, micro_batches
 from finetune_trainer.train.checkpoint import Best, Checkpoints, RunState
@@ -47,6 +47,8 @@ class Loop:
     telemetry: Telemetry
     reporter: Reporter
     state: RunState
+    head_steps: int = 0
+    """Optimizer steps, from the first one on, in which the head alone is trained."""
     _saved: RunState | None = field(init=False)
     _interval: Interval = field(init=False)
     _pace: Pace = field(init=False)
@@ -60,6 +62,7 @@ class Loop:
         self._pace = Pace(evaluations=math.ceil(total / every) - self.state.step // every)
         self._bad_step = torch.full((), -1, device=self.device.torch_device)
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self._head = head_weights(self.model) if self.head_steps else []
         self._loss_since_evaluation = self._zero() + self.state.loss_sum
         self._step_ended = time.monotonic()
 
@@ -82,14 +85,13 @@ class Loop:
 
     def _step(self) -> None:
         training, step = self.plan.training, self.state.step
-        rate = learning_rate(
-            step, self.batches.total_steps, training.learning_rate, training.warmup_ratio, training.schedule
-        )
+        rate, head_first = self._rate(step), step < self.head_steps
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        training_mode(self.model, self.plan.method)
+        training_mode(self.model, head_only=head_first or self.plan.method is MethodType.HEAD)
         micro = self._read(step)
-        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat)
+        only = self._head if head_first else None
+        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat, only=only)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,6 +109,15 @@ class Loop:
                 peak_memory=self.device.peak_memory(),
             )
             self._interval = self._new_interval()
+
+    def _rate(self, step: int) -> float:
+        """The learning rate: the steps of the head and those of all weights each have a warm-up and an end."""
+        training, first, last, peak = self.plan.training, 0, self.batches.total_steps, self.plan.training.learning_rate
+        if self.plan.head_first and step < self.head_steps:
+            last, peak = self.head_steps, self.plan.head_first.learning_rate
+        else:
+            first = self.head_steps
+        return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
     def _read(self, step: int) -> list[MicroBatch]:
         groups = micro_batches(self.batches.rows(step), self.train.lengths, self.evaluator.micro_batch_tokens)
@@ -228,12 +239,14 @@ def accumulate_gradients(
     device: Device,
     seed: list[int],
     beat: Callable[[], None] = lambda: None,
+    *,
+    only: list[torch.nn.Parameter] | None = None,
 ) -> torch.Tensor:
     """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
-    i is drawn from (seed, i). `beat` is called before each, and may raise to stop. The result is a float64 scalar
-    on the device: nothing waits for it here.
+    i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
+    gradients. The result is a float64 scalar on the device: nothing waits for it here.
     """
     targets = max(1, sum(len(batch.targets) for batch in micro))
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
@@ -242,7 +255,7 @@ def accumulate_gradients(
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
             loss = predict(model, batch.to(device.torch_device)).losses().sum()
-        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
 

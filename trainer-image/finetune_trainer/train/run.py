@@ -93,6 +93,7 @@ class _Run:
         training = plan.training
         size = BatchSize(sequences=training.batch_sequences, tokens=training.batch_tokens)
         self.batches = BatchPlan(self.train.lengths, size, training.seed, training.epochs, training.max_steps)
+        self.head_steps = _head_steps(plan, self.batches)
 
     def result(self) -> Result:
         newest = self.checkpoints.newest()
@@ -163,6 +164,7 @@ class _Run:
             telemetry=self.telemetry,
             reporter=Reporter(self.telemetry, log, self.batches.total_steps),
             state=state,
+            head_steps=self.head_steps,
         ).run()
 
     def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
@@ -260,6 +262,21 @@ def _rows(workspace: Workspace, manifest: DataManifest, split: str) -> Rows:
 
 def _labels(data: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.array([data.label(row) for row in range(len(data))], np.int64)
+
+
+def _head_steps(plan: Plan, batches: BatchPlan) -> int:
+    """Optimizer steps for the head alone; raises UserError if they leave none for the rest."""
+    first = plan.head_first
+    if first is None:
+        return 0
+    steps = first.steps or batches.steps_in(first.epochs or 0.0)
+    if steps >= batches.total_steps:
+        raise UserError(
+            Reason.INVALID_SPEC,
+            f"method.headFirst: the head alone would be trained for {steps} of {batches.total_steps} optimizer steps; "
+            "lower it, or raise training.epochs or training.maxSteps",
+        )
+    return steps
 
 
 def _micro_batch_tokens(plan: Plan) -> int:
