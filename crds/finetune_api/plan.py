@@ -82,6 +82,11 @@ class PlanHeadFirst(Document):
     learning_rate: float
 
 
+class PlanEarlyStopping(Document):
+    patience: int
+    minimum_improvement: float
+
+
 class PlanTraining(Document):
     epochs: float | None = Field(None, description="Set exactly if max_steps is not.")
     max_steps: int | None = None
@@ -98,6 +103,7 @@ class PlanTraining(Document):
     max_grad_norm: float
     checkpoint_steps: int | None = Field(None, description="Set in the train plan.")
     evaluation_steps: int | None = Field(None, description="Set in the train plan.")
+    early_stopping: PlanEarlyStopping | None = None
 
 
 class PlanEvaluation(Document):

@@ -235,6 +235,13 @@ class BatchSize(Document):
     tokens: int | None = Field(None, ge=1, le=67108864, description="Most tokens per optimizer step, over all GPUs.")
 
 
+class EarlyStopping(Document):
+    patience: int = Field(ge=1, le=1000, description="Training ends when so many evaluations in a row brought no improvement.")
+    minimum_improvement: float = Field(
+        0, ge=0, le=1e9, description="How much better than at the last improvement it must be to be one, in the metric's own unit."
+    )
+
+
 class TrainingSpec(Document):
     rules: ClassVar = (Rule("!(has(self.epochs) && has(self.maxSteps))", "give either epochs or maxSteps, not both", "maxSteps"),)
     epochs: float | None = Field(None, gt=0, le=1000, description="Passes over the training rows. Left out: 3.")
@@ -253,6 +260,10 @@ class TrainingSpec(Document):
     max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     checkpoint_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between checkpoints. Left out: a twentieth of the run.")
     evaluation_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between evaluations. Left out: once per epoch.")
+    early_stopping: EarlyStopping | None = Field(
+        None, description="End training when the metric that chooses the best checkpoint no longer improves on validation: the first of evaluation.metrics (Classification) or loss (Generation). "
+        "Evaluations of method.headFirst do not count. Left out: all steps are done."
+    )
 
 
 class Gate(Document):

@@ -15,6 +15,7 @@ from finetune_api.plan import (
     Plan,
     PlanDataset,
     PlanDevice,
+    PlanEarlyStopping,
     PlanEvaluation,
     PlanHeadFirst,
     PlanLora,
@@ -200,6 +201,7 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
         trainable_parameters=found.trainable_parameters if found else None,
         checkpoint_steps=training.checkpoint_steps,
         evaluation_steps=training.evaluation_steps,
+        early_stopping=_describe_patience(training.early_stopping) if training.early_stopping else None,
         output=plan.output.format,
         metrics=[metric.value for metric in plan.evaluation.metrics],
     )
@@ -270,6 +272,10 @@ def _describe_head_first(first: PlanHeadFirst) -> str:
     return f"{length}, learning rate {decimal(first.learning_rate)}"
 
 
+def _describe_patience(settings: PlanEarlyStopping) -> str:
+    return f"patience {settings.patience}, minimum improvement {decimal(settings.minimum_improvement)}"
+
+
 def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
     wanted, data = spec.training, resource.status.data
     batch = wanted.batch_size
@@ -289,6 +295,12 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         max_grad_norm=wanted.max_grad_norm,
         checkpoint_steps=wanted.checkpoint_steps,
         evaluation_steps=wanted.evaluation_steps,
+        early_stopping=PlanEarlyStopping(
+            patience=wanted.early_stopping.patience,
+            minimum_improvement=wanted.early_stopping.minimum_improvement,
+        )
+        if wanted.early_stopping
+        else None,
     )
     return _size(plan, resource, spec)
 

@@ -107,6 +107,12 @@ def test_the_variant_of_lora_is_shown_and_has_its_own_usual_alpha(lora, alpha, s
     assert resolved_status(plan, None, None).method == shown
 
 
+def test_early_stopping_is_shown():
+    assert make_plan().training.early_stopping is None
+    plan = make_plan(training={"earlyStopping": {"patience": 3, "minimumImprovement": 0.01}})
+    assert resolved_status(plan, None, None).early_stopping == "patience 3, minimum improvement 0.01"
+
+
 def test_what_is_trained_is_shown():
     method = {"type": "Full", "trainable": {"lastLayers": 2}, "headFirst": {"epochs": 0.5}}
     plan = make_plan(method=method)
@@ -150,6 +156,7 @@ def test_what_the_user_says_stays_also_where_it_is_zero():
         "maxGradNorm": 3,
         "checkpointSteps": 11,
         "evaluationSteps": 13,
+        "earlyStopping": {"patience": 2, "minimumImprovement": 0},
     }
     lora = {"rank": 4, "dropout": 0, "targetModules": ["query"]}
     plan = make_plan(Stage.TRAIN, prepared=True, training=training, method={"type": "LoRA", "lora": lora})

@@ -81,7 +81,12 @@ class TestContent:
         assert ["trained layers", "the last 2, the final norm and the head"] in settings
         assert ["head alone first", "0.5 epochs, learning rate 0.001"] in settings
         names = [row[0] for row in rows(card())]
-        assert not {"trained layers", "head alone first"} & set(names)
+        assert not {"trained layers", "head alone first", "early stopping"} & set(names)
+
+    def test_says_when_training_would_end_early(self):
+        settings = {"patience": 3, "minimum_improvement": 0.01}
+        text = card(training={"early_stopping": settings})
+        assert ["early stopping", "patience 3, minimum improvement 0.01"] in rows(text)
 
     def test_says_what_it_is(self):
         text = card()

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from finetune_api.plan import Plan, PlanHeadFirst
+from finetune_api.plan import Plan, PlanEarlyStopping, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
@@ -198,6 +198,7 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "weight decay": training.weight_decay,
         "gradient clipping norm": training.max_grad_norm,
         "steps between evaluations": training.evaluation_steps,
+        "early stopping": training.early_stopping and _patience(training.early_stopping),
         "seed": training.seed,
         "GPUs": plan.device.gpus * plan.device.nodes,
     }
@@ -207,6 +208,10 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
 def _head_first(first: PlanHeadFirst) -> str:
     length = f"{first.epochs:g} epochs" if first.epochs else f"{first.steps} steps"
     return f"{length}, learning rate {first.learning_rate:g}"
+
+
+def _patience(settings: PlanEarlyStopping) -> str:
+    return f"patience {settings.patience}, minimum improvement {settings.minimum_improvement:g}"
 
 
 def _method(plan: Plan) -> str:

@@ -48,12 +48,22 @@ class RunIdentity(Document):
     """Settings by their path in the spec."""
 
 
+class Improvement(Document):
+    """The last evaluation that brought one, for early stopping."""
+
+    step: int
+    score: float
+    evaluations_since: int = 0
+
+
 class RunState(Document):
     """Where a run stands after `step` optimizer steps: the batch cursor, and what has been added up."""
 
     step: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation that was finished."""
+    improvement: Improvement | None = None
+    """None: no evaluation counted so far, or there is no early stopping."""
     training_loss: float | None = None
     """Mean over the steps between the last two evaluations."""
     evaluation_loss: float | None = None

@@ -21,8 +21,9 @@ from finetune_trainer.evaluate.metrics import better
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.adapters import head_weights, training_mode
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import BatchPlan, MicroBatch, collate, micro_batches
-from finetune_trainer.train.checkpoint import Best, Checkpoints, RunState
+from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.loss import predict
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
@@ -67,7 +68,7 @@ class Loop:
         self._step_ended = time.monotonic()
 
     def run(self) -> RunState:
-        """Trains, evaluates, keeps the best and saves until the last step is done.
+        """Trains, evaluates, keeps the best and saves until the last step is done, or patience has run out.
 
         Raises Interrupted after saving if that was asked for, and UserError (NonFiniteLoss).
         """
@@ -78,16 +79,16 @@ class Loop:
                 self._evaluate()
             if self._saves_at(step) and self._saved != self.state:
                 self._save()
-            if step == self.batches.total_steps:
+            if self._is_over():
                 return self.state
             self._stop_if_asked()
             self._step()
 
     def _step(self) -> None:
         training, step = self.plan.training, self.state.step
-        rate, head_first = self._rate(step), step < self.head_steps
+        head_first = step < self.head_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate(step)
         training_mode(self.model, head_only=head_first or self.plan.method is MethodType.HEAD)
         micro = self._read(step)
         only = self._head if head_first else None
@@ -99,16 +100,20 @@ class Loop:
         self._bad_step = torch.where(bad, step + 1, self._bad_step)
         self._count(loss, micro)
         if self.reporter.due() or step + 1 == self.batches.total_steps:
-            self._check_finite()
-            self.reporter.steps(
-                self._interval,
-                step=step + 1,
-                epoch=self.batches.epoch(step + 1),
-                rate=rate,
-                remaining=self._pace.remaining(self.batches.total_steps - step - 1),
-                peak_memory=self.device.peak_memory(),
-            )
-            self._interval = self._new_interval()
+            self._report()
+
+    def _report(self) -> None:
+        self._check_finite()
+        step = self.state.step
+        self.reporter.steps(
+            self._interval,
+            step=step,
+            epoch=self.batches.epoch(step),
+            rate=self._rate(step - 1),
+            remaining=self._pace.remaining(self.batches.total_steps - step),
+            peak_memory=self.device.peak_memory(),
+        )
+        self._interval = self._new_interval()
 
     def _rate(self, step: int) -> float:
         """The learning rate: the steps of the head and those of all weights each have a warm-up and an end."""
@@ -154,6 +159,8 @@ class Loop:
     def _evaluate(self) -> None:
         started = time.monotonic()
         self._check_finite()
+        if self._interval.rows:
+            self._report()  # this may be the last step
         self.telemetry.update(activity="Evaluating")
         result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._beat())
         step = self.state.step
@@ -170,12 +177,20 @@ class Loop:
         self.state = self.state.model_copy(
             update={
                 "evaluated_step": step,
+                "improvement": self._improvement(result.metrics[metric]),
                 "evaluation_loss": result.metrics[Metric.LOSS],
                 "training_loss": self._mean_loss(),
                 "loss_targets": 0,
             }
         )
         self._loss_since_evaluation = self._zero()
+
+    def _improvement(self, score: float) -> Improvement | None:
+        """With the evaluation that was just done; one that is done again after its weights were lost counts once."""
+        settings, step, last = self.plan.training.early_stopping, self.state.step, self.state.improvement
+        if settings is None or step <= self.head_steps or step == self.state.evaluated_step:
+            return last
+        return early_stopping.judge(last, step, score, deciding_metric(self.plan), settings.minimum_improvement)
 
     def _mean_loss(self) -> float | None:
         """Of the steps since the last evaluation; if there are none, what it was then."""
@@ -222,9 +237,13 @@ class Loop:
         every = self.plan.training.evaluation_steps
         return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
 
+    def _is_over(self) -> bool:
+        early = early_stopping.is_over(self.plan.training.early_stopping, self.state.improvement)
+        return early or self.state.step == self.batches.total_steps
+
     def _saves_at(self, step: int) -> bool:
         every = self.plan.training.checkpoint_steps
-        return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
+        return self._is_over() or (every is not None and step > 0 and step % every == 0)
 
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device.torch_device)

@@ -24,10 +24,11 @@ from finetune_trainer.evaluate.gate import judge
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
-from finetune_trainer.train.loop import Loop, make_optimizer, non_finite
+from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
@@ -100,6 +101,7 @@ class _Run:
         model, evaluator = self._prepare_model()
         untuned = self._untuned_baseline(model, evaluator) if self.plan.task is Task.GENERATION else None
         state = self._train(model, evaluator, newest)
+        self.telemetry.update(total_steps=state.step)
         self.checkpoints.load_best(model)
         tuned = evaluator("tuned", model, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
         if not np.isfinite(tuned.metrics[Metric.LOSS]):
@@ -167,6 +169,12 @@ class _Run:
             head_steps=self.head_steps,
         ).run()
 
+    def _why_early(self, state: RunState) -> str | None:
+        settings, total = self.plan.training.early_stopping, self.batches.total_steps
+        if settings is None or state.improvement is None or state.step == total:
+            return None
+        return early_stopping.explain(settings, state.improvement, deciding_metric(self.plan), state.step, total)
+
     def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
         """Of the model as it was built: adapters still add nothing. Kept, so that a resume is spared of it."""
         path = self.workspace.checkpoints / BASELINE
@@ -205,6 +213,7 @@ class _Run:
         best = self.checkpoints.best()
         train = TrainResult(
             steps=state.step,
+            stopped_early=self._why_early(state),
             best_step=best.step if best else state.step,
             precision=self.device.precision.value,
             device=self.device.name,
