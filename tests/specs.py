@@ -150,6 +150,7 @@ BOUNDS = [
     _too_long("model.revision", 128),
     _name("model.secretRef.name", "My_Secret"),
     _too_long("model.secretRef.name", 253),
+    _too_long("model.adapter.uri", 1024, "hf://owner/" + "x" * 1024),
     _bound("model.trustRemoteCode", "true", "must be of type boolean", "should be a valid boolean"),
     _bound("dataset.sources", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("dataset.sources", 32, TEXTS[0]),
@@ -280,6 +281,7 @@ BOUNDS = [
     _needs("model", "model", LEFT_OUT),
     _needs("dataset", "dataset", LEFT_OUT),
     _needs("model", "model.uri", {}),
+    _needs("model.adapter", "model.adapter.uri", {}),
     _needs("training.earlyStopping", "training.earlyStopping.patience", {"minimumImprovement": 0.1}),
     _needs("method.trainable", "method.trainable.lastLayers", {}),
     _needs("model.secretRef", "model.secretRef.name", {}),
@@ -318,6 +320,22 @@ RULES = [
             ("pvc://claim/..", "a path may not contain '..'"),
             ("https://me:secret@host/model", "a URI may not contain a password"),
         )
+    ),
+    *(
+        Invalid(f"adapter {uri}", {"model.adapter.uri": uri}, field="spec.model.adapter.uri", words=words)
+        for uri, words in (
+            ("owner/name", "expected one of hf://owner/name"),
+            ("pvc://claim/..", "a path may not contain '..'"),
+            ("https://me:secret@host/adapter", "a URI may not contain a password"),
+            ("configmap://adapter/weights", "an adapter is a folder and does not fit a ConfigMap"),
+        )
+    ),
+    Invalid("local adapter", {"model.adapter.uri": "file://adapter"}, field="spec.model.adapter.uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
+    *(
+        Invalid(f"adapter for {kind}", {"model.adapter.uri": "s3://bucket/adapter", "method.type": kind},
+                field="spec.model.adapter", words="an adapter can be gone on from with method LoRA only")
+        for kind in ("Full", "Head")
     ),
     Invalid("local model", {"model.uri": "file://model"}, field="spec.model.uri",
             words="file:// works only with `finetune run`", cluster_only=True),
@@ -442,7 +460,8 @@ UNKNOWN_FIELDS = [
 
 EVERYTHING: Changes = {
     "model": {"uri": "hf://owner/encoder", "revision": "refs/pr/1", "secretRef": {"name": "hub.token"},
-              "trustRemoteCode": True, "allowPickle": True},
+              "trustRemoteCode": True, "allowPickle": True,
+              "adapter": {"uri": "s3://bucket/adapters/1", "secretRef": {"name": "s3"}}},
     "dataset": {
         "sources": [
             {"uri": "s3://bucket/train.csv", "format": "LabelledText",
@@ -513,6 +532,7 @@ VALID = [
     Valid("at sign in a path", {"model.uri": "https://host/a@b"}),
     Valid("Head", {"method.type": "Head", "output.format": "Merged"}),
     Valid("Full", {"method.type": "Full"}),
+    Valid("adapter to go on from", {"model.adapter": {"uri": "pvc://claim/adapters/1"}, "method.lora.rank": 8}),
     Valid("early stopping", {"training.earlyStopping": {"patience": 1000}}),
     Valid("last layers", {"method": {"type": "Full", "trainable": {"lastLayers": 2}}}),
     Valid("last layers of a generator", {"method": {"type": "Full", "trainable": {"lastLayers": 1024}}}, GENERATION),
@@ -548,6 +568,8 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "model.revision": (LEFT_OUT, "main"),
     "model.secretRef": (LEFT_OUT, {"name": "token"}),
     "model.trustRemoteCode": (False, True),
+    "model.adapter": (LEFT_OUT, {"uri": "s3://bucket/adapter"}),
+    "model.adapter.uri": ("s3://bucket/adapter", "s3://bucket/other"),
     "dataset.sources": (TEXTS, TEXTS * 2),
     "dataset.validation": (LEFT_OUT, {"fraction": 0.1}),
     "dataset.test": ({"fraction": 0.1}, {"fraction": 0.2}),

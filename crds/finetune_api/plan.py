@@ -39,6 +39,7 @@ class Location(Document):
 
 class PlanModel(Document):
     location: Location
+    adapter: Location | None = Field(None, description="Training goes on from this adapter; prepare puts it into the workspace's adapter/.")
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -126,7 +127,7 @@ class PlanOutput(Document):
 class Plan(Document):
     stage: Stage
     job: JobReference
-    workspace: str = Field(description="Folder with model/ data/ checkpoints/ artifacts/ report/.")
+    workspace: str = Field(description="Folder with model/ adapter/ data/ checkpoints/ artifacts/ report/.")
     task: Task
     model: PlanModel
     dataset: PlanDataset

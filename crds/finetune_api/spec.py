@@ -115,6 +115,15 @@ class OutputFormat(StrEnum):
     MERGED = "Merged"
 
 
+class AdapterSource(Document):
+    rules: ClassVar = (
+        *uri_rules(),
+        Rule("!self.uri.startsWith('configmap://')", "an adapter is a folder and does not fit a ConfigMap; use hf://, pvc:// or an object store", "uri"),
+    )
+    uri: Uri = Field(description=f"A folder with a PEFT adapter, as output.format Adapter makes it. {URI_HELP}.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
 class ModelSpec(Document):
     rules: ClassVar = (
         *uri_rules(),
@@ -128,6 +137,10 @@ class ModelSpec(Document):
     secret_ref: LocalReference | None = Field(
         None, description="Secret with the credentials for this URI: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; "
         "GOOGLE_APPLICATION_CREDENTIALS (the JSON itself); AZURE_STORAGE_CONNECTION_STRING; or username and password for https."
+    )
+    adapter: AdapterSource | None = Field(
+        None, description="A LoRA adapter of this model, from an earlier job, to go on from. method.lora must have its settings, dataset.labels its labels. "
+        "The result is an adapter of the same kind."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models that you have read.")
     allow_pickle: bool = Field(False, description="Accept weights as pickle files, which can run code when they are read. Off: safetensors only.")
@@ -358,6 +371,7 @@ class FineTuneJobSpec(Document):
 
     rules: ClassVar = (
         Rule("self.task == 'Classification' || self.method.type != 'Head'", "Head is for task Classification; use LoRA or Full", "method.type"),
+        Rule("!has(self.model.adapter) || self.method.type == 'LoRA'", "an adapter can be gone on from with method LoRA only", "model.adapter"),
         Rule("self.task == 'Classification' || !has(self.method.headFirst)",
              "headFirst is for task Classification: a generator has no fresh head", "method.headFirst"),
         Rule("!has(self.method.headFirst) || !has(self.method.headFirst.epochs) || has(self.training.maxSteps) "

@@ -124,7 +124,7 @@ class ArtifactStatus(Document):
 
 class ResultStatus(Document):
     split: str | None = Field(None, max_length=32, description="The split that the scores are from: test or validation.")
-    baseline: str | None = Field(None, max_length=64, description="What it is compared with: the majority class, or the untuned model.")
+    baseline: str | None = Field(None, max_length=64, description="What it is compared with: the majority class, the untuned model, or the adapter that it went on from.")
     scores: Annotated[list[Score], Field(max_length=16)] | None = Field(None, description="Scores of the best checkpoint.")
     stopped_early: Message | None = Field(None, description="At which step and why training ended early, if it did.")
     gate: GateResult | None = Field(None, description="Outcome of evaluation.gate.")

@@ -27,6 +27,7 @@ from finetune_api.plan import (
 )
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.spec import (
+    AdapterSource,
     Columns,
     FineTuneJobSpec,
     LoraSpec,
@@ -137,10 +138,11 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, LocalReference | None]]:
     """URI and Secret of all that a stage reads or writes beside the workspace: for training that is nothing."""
-    used: list[ModelSpec | Source | OutputSpec] = []
+    used: list[ModelSpec | AdapterSource | Source | OutputSpec] = []
     if stage is Stage.PREPARE:
         splits = (spec.dataset.validation, spec.dataset.test)
-        used = [spec.model, *spec.dataset.sources, *(s for split in splits if split for s in split.sources or ())]
+        held_out = (source for split in splits if split for source in split.sources or ())
+        used = [spec.model, *filter(None, [spec.model.adapter]), *spec.dataset.sources, *held_out]
     elif stage is Stage.PUBLISH:
         used = [spec.output]
     for part in used:
@@ -157,6 +159,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         task=spec.task,
         model=PlanModel(
             location=_location(layout, spec.model, stage is Stage.PREPARE),
+            adapter=_location(layout, spec.model.adapter, stage is Stage.PREPARE) if spec.model.adapter else None,
             revision=spec.model.revision,
             trust_remote_code=spec.model.trust_remote_code,
             allow_pickle=spec.model.allow_pickle,
@@ -207,7 +210,7 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
     )
 
 
-def _location(layout: Layout, part: ModelSpec | Source | OutputSpec, reachable: bool) -> Location:
+def _location(layout: Layout, part: ModelSpec | AdapterSource | Source | OutputSpec, reachable: bool) -> Location:
     """Only a stage that reads or writes it has it mounted; for the others it is a name."""
     uri = part.uri or ""
     return layout.locate(uri, part.secret_ref) if reachable else Location(uri=uri)

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from finetune_api.constants import Stage
-from finetune_api.plan import Plan
+from finetune_api.plan import Location, Plan
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.rules import parse_spec
 from finetune_api.spec import FineTuneJobSpec, HeadFirst, LoraSpec, TrainingSpec
@@ -214,7 +214,12 @@ def test_the_gates_metric_is_reported_though_nobody_asked_for_it():
 
 
 SECRETS = {
-    "model": {"uri": "hf://owner/name", "secretRef": {"name": "hub"}, "revision": "v1"},
+    "model": {
+        "uri": "hf://owner/name",
+        "secretRef": {"name": "hub"},
+        "revision": "v1",
+        "adapter": {"uri": "pvc://adapters/first", "secretRef": {"name": "adapter-key"}},
+    },
     "dataset": {"sources": [{"uri": "pvc://data/a_b/ü.jsonl", "secretRef": {"name": "aws"}}]},
     "output": {"uri": "pvc://results/run", "secretRef": {"name": "push"}},
 }
@@ -224,6 +229,9 @@ def test_each_stage_is_told_only_where_its_own_things_are():
     prepare, train, publish = (make_plan(stage, prepared=True, **SECRETS) for stage in Stage)
     assert prepare.model.location.secret_dir == "/secrets/hub"
     assert prepare.dataset.sources[0].location.path == "/sources/pvc/data/a_b/ü.jsonl"
+    assert prepare.model.adapter.path == "/sources/pvc/adapters/first"
+    assert prepare.model.adapter.secret_dir == "/secrets/adapter-key"
+    assert train.model.adapter == publish.model.adapter == Location(uri="pvc://adapters/first")
     assert prepare.output.location.path is None
     assert publish.output.location.path == "/sources/pvc/results/run"
     assert publish.output.location.secret_dir == "/secrets/push"

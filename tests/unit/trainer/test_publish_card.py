@@ -83,6 +83,11 @@ class TestContent:
         names = [row[0] for row in rows(card())]
         assert not {"trained layers", "head alone first", "early stopping"} & set(names)
 
+    def test_says_which_adapter_it_went_on_from(self):
+        text = card(model={"adapter": {"uri": "https://me:hush@host/adapter?signature=hush"}})
+        assert ["started from the adapter", "`https://host/adapter`"] in rows(text)
+        assert "hush" not in text
+
     def test_says_when_training_would_end_early(self):
         settings = {"patience": 3, "minimum_improvement": 0.01}
         text = card(training={"early_stopping": settings})

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from finetune_trainer.publish.export import CONFIG_FOLDER, foundation_name
 from finetune_trainer.publish.sums import SUMS, TAG
+from finetune_trainer.storage import display_uri
 
 HUB_METRICS = {
     Metric.ACCURACY: "accuracy",
@@ -181,6 +182,7 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
     targets = plan.lora and (", ".join(plan.lora.target_modules or ()) or "all linear layers of the transformer blocks")
     settings = {
         "method": _method(plan),
+        "started from the adapter": plan.model.adapter and _code(display_uri(plan.model.adapter)),
         "trained layers": plan.last_layers and f"the last {plan.last_layers}, the final norm and the head",
         "head alone first": plan.head_first and _head_first(plan.head_first),
         "LoRA dropout": plan.lora and plan.lora.dropout,

@@ -112,6 +112,7 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],
         "model.revision": spec["model"].get("revision"),
+        "model.adapter.uri": spec["model"].get("adapter", {}).get("uri"),
         "method.type": spec["method"],
         "method.trainable.lastLayers": spec.get("lastLayers"),
         "evaluation.metrics": spec["evaluation"]["metrics"],

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from finetune_trainer.data.store import DataManifest, Rows, open_split, read_manifest
 from finetune_trainer.errors import Interrupted, UserError
-from finetune_trainer.evaluate.baselines import UNTUNED, majority_class
+from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
@@ -176,11 +176,12 @@ class _Run:
         return early_stopping.explain(settings, state.improvement, deciding_metric(self.plan), state.step, total)
 
     def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
-        """Of the model as it was built: adapters still add nothing. Kept, so that a resume is spared of it."""
+        """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
         path = self.workspace.checkpoints / BASELINE
         known = _recall(path, self.digest, Evaluation)
         if known is None:
-            known = evaluator(UNTUNED, model, self.final, self._on_batch("Evaluating the untuned model", 0.0, 0.0))
+            name = START if self.plan.model.adapter else UNTUNED
+            known = evaluator(name, model, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
             _remember(path, self.digest, known)
         return known
 
