@@ -217,6 +217,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
     "last layers": {"method": "Full", "lora": None, "last_layers": 1},
     "last layers of a generator": {"method": "Full", "lora": None, "last_layers": 1, **GENERATION},
+    "last layers of a generator in bf16": {
+        **{"method": "Full", "lora": None, "last_layers": 1, "training": {"precision": "bf16"}},
+        **GENERATION,
+    },
     "head first, then all": {"method": "Full", "lora": None, "head_first": {"steps": 5, "learning_rate": 0.01}},
     "head first, then LoRA": {"head_first": {"epochs": 0.75, "learning_rate": 0.01}},
 }
