@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -117,4 +119,14 @@ def save_tiny_llama(folder: Path, context_length: int = 256) -> Path:
     model.generation_config = GenerationConfig(max_new_tokens=32, **ids)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gpt2(folder: Path) -> Path:
+    """A 2-layer decoder of width 32 whose linear layers store their weights transposed, with the tokenizer of the Llama."""
+    save_tiny_llama(folder)
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
     return folder

@@ -150,6 +150,7 @@ BOUNDS = [
     _too_long("model.revision", 128),
     _name("model.secretRef.name", "My_Secret"),
     _too_long("model.secretRef.name", 253),
+    _too_long("model.adapter.uri", 1024, "hf://owner/" + "x" * 1024),
     _bound("model.trustRemoteCode", "true", "must be of type boolean", "should be a valid boolean"),
     _bound("dataset.sources", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("dataset.sources", 32, TEXTS[0]),
@@ -168,12 +169,17 @@ BOUNDS = [
     _bound("dataset.labels", [0, 1], "must be of type string", "should be a valid string", place="[0]"),
     *_range("dataset.maxRejected", -0.1, "greater than or equal to 0", 1, "less than 1"),
     _choice("method.type", "QLoRA"),
+    _choice("method.lora.variant", "QLoRA"),
     *_range("method.lora.rank", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
     *_range("method.lora.alpha", 0, "greater than or equal to 1", 4097, "less than or equal to 4096"),
     *_range("method.lora.dropout", -0.1, "greater than or equal to 0", 1, "less than 1"),
     _bound("method.lora.targetModules", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("method.lora.targetModules", 64, "x"),
     _bound("method.lora.targetModules", [""], "at least 1 chars long", "at least 1 character", place="[0]"),
+    *_range("method.trainable.lastLayers", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
+    *_range("method.headFirst.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
+    *_range("method.headFirst.steps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
+    *_range("method.headFirst.learningRate", 0, "greater than 0", 10.1, "less than or equal to 10"),
     *_range("training.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
     *_range("training.maxSteps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
     _bound("training.maxSteps", 1.5, "must be of type integer", "should be a valid integer"),
@@ -191,6 +197,9 @@ BOUNDS = [
     *_range("training.maxGradNorm", 0, "greater than 0", 1001, "less than or equal to 1000"),
     *_range("training.checkpointSteps", 0, "greater than or equal to 1", 10_000_001, "less than or equal to"),
     *_range("training.evaluationSteps", 0, "greater than or equal to 1", 10_000_001, "less than or equal to"),
+    *_range("training.earlyStopping.patience", 0, "greater than or equal to 1", 1001, "less than or equal to 1000"),
+    *(_bound("training.earlyStopping", {"patience": 1, "minimumImprovement": value}, words, place=".minimumImprovement")
+      for value, words in ((-0.1, "greater than or equal to 0"), (2e9, "less than or equal to"))),
     _choice("evaluation.metrics", ["f1"], "[0]"),
     _bound("evaluation.metrics", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("evaluation.metrics", 8, "loss"),
@@ -272,6 +281,9 @@ BOUNDS = [
     _needs("model", "model", LEFT_OUT),
     _needs("dataset", "dataset", LEFT_OUT),
     _needs("model", "model.uri", {}),
+    _needs("model.adapter", "model.adapter.uri", {}),
+    _needs("training.earlyStopping", "training.earlyStopping.patience", {"minimumImprovement": 0.1}),
+    _needs("method.trainable", "method.trainable.lastLayers", {}),
     _needs("model.secretRef", "model.secretRef.name", {}),
     _needs("dataset", "dataset.sources", {}),
     _needs("dataset.sources", "dataset.sources[0].uri", [{}]),
@@ -309,6 +321,22 @@ RULES = [
             ("https://me:secret@host/model", "a URI may not contain a password"),
         )
     ),
+    *(
+        Invalid(f"adapter {uri}", {"model.adapter.uri": uri}, field="spec.model.adapter.uri", words=words)
+        for uri, words in (
+            ("owner/name", "expected one of hf://owner/name"),
+            ("pvc://claim/..", "a path may not contain '..'"),
+            ("https://me:secret@host/adapter", "a URI may not contain a password"),
+            ("configmap://adapter/weights", "an adapter is a folder and does not fit a ConfigMap"),
+        )
+    ),
+    Invalid("local adapter", {"model.adapter.uri": "file://adapter"}, field="spec.model.adapter.uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
+    *(
+        Invalid(f"adapter for {kind}", {"model.adapter.uri": "s3://bucket/adapter", "method.type": kind},
+                field="spec.model.adapter", words="an adapter can be gone on from with method LoRA only")
+        for kind in ("Full", "Head")
+    ),
     Invalid("local model", {"model.uri": "file://model"}, field="spec.model.uri",
             words="file:// works only with `finetune run`", cluster_only=True),
     Invalid("local source", {"dataset.sources": [{"uri": "file://a.csv"}]}, field="spec.dataset.sources[0].uri",
@@ -344,6 +372,25 @@ RULES = [
             words="lora is for type LoRA only"),
     Invalid("LoRA settings for Head", {"method": {"type": "Head", "lora": {"rank": 8}}}, field="spec.method.lora",
             words="lora is for type LoRA only"),
+    *(
+        Invalid(f"last layers of {kind}", {"method": {"type": kind, "trainable": {"lastLayers": 2}}},
+                field="spec.method.trainable", words="trainable is for type Full only")
+        for kind in ("LoRA", "Head")
+    ),
+    Invalid("head before the head", {"method": {"type": "Head", "headFirst": {"epochs": 1}}},
+            field="spec.method.headFirst", words="headFirst is for types LoRA and Full"),
+    Invalid("head of a generator first", {"method": {"type": "Full", "headFirst": {"epochs": 1}}}, GENERATION,
+            field="spec.method.headFirst", words="headFirst is for task Classification"),
+    Invalid("head first without a length", {"method.headFirst": {"learningRate": 0.01}}, field="spec.method.headFirst",
+            words="give either epochs or steps"),
+    Invalid("head first in epochs and steps", {"method.headFirst": {"epochs": 1, "steps": 1}},
+            field="spec.method.headFirst", words="give either epochs or steps"),
+    Invalid("head for all of the usual epochs", {"method.headFirst": {"epochs": 3}},
+            field="spec.method.headFirst.epochs", words="headFirst must leave some of training.epochs"),
+    Invalid("head for more than all epochs", {"method.headFirst": {"epochs": 2}, "training.epochs": 1.5},
+            field="spec.method.headFirst.epochs", words="headFirst must leave some of training.epochs"),
+    Invalid("head for all steps", {"method.headFirst": {"steps": 10}, "training.maxSteps": 10},
+            field="spec.method.headFirst.steps", words="headFirst must leave some of training.maxSteps"),
     Invalid("batch size twice", {"training.batchSize": {"sequences": 8, "tokens": 8}}, field="spec.training.batchSize",
             words="give either sequences or tokens"),
     Invalid("empty batch size", {"training.batchSize": {}}, field="spec.training.batchSize",
@@ -413,7 +460,8 @@ UNKNOWN_FIELDS = [
 
 EVERYTHING: Changes = {
     "model": {"uri": "hf://owner/encoder", "revision": "refs/pr/1", "secretRef": {"name": "hub.token"},
-              "trustRemoteCode": True, "allowPickle": True},
+              "trustRemoteCode": True, "allowPickle": True,
+              "adapter": {"uri": "s3://bucket/adapters/1", "secretRef": {"name": "s3"}}},
     "dataset": {
         "sources": [
             {"uri": "s3://bucket/train.csv", "format": "LabelledText",
@@ -423,11 +471,13 @@ EVERYTHING: Changes = {
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
     },
-    "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]}},
+    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]},
+               "headFirst": {"epochs": 0.5, "learningRate": 0.002}},
     "training": {
         "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
         "maxLength": 128, "precision": "bf16", "seed": 7, "schedule": "Linear", "warmupRatio": 0, "weightDecay": 0,
         "maxGradNorm": 1, "checkpointSteps": 10, "evaluationSteps": 20,
+        "earlyStopping": {"patience": 3, "minimumImprovement": 0.005},
     },
     "evaluation": {"metrics": ["macroF1", "accuracy", "weightedF1", "loss"],
                    "gate": {"metric": "macroF1", "minimum": 0.8, "minimumGain": 0.1}},
@@ -482,6 +532,16 @@ VALID = [
     Valid("at sign in a path", {"model.uri": "https://host/a@b"}),
     Valid("Head", {"method.type": "Head", "output.format": "Merged"}),
     Valid("Full", {"method.type": "Full"}),
+    Valid("adapter to go on from", {"model.adapter": {"uri": "pvc://claim/adapters/1"}, "method.lora.rank": 8}),
+    Valid("early stopping", {"training.earlyStopping": {"patience": 1000}}),
+    Valid("last layers", {"method": {"type": "Full", "trainable": {"lastLayers": 2}}}),
+    Valid("last layers of a generator", {"method": {"type": "Full", "trainable": {"lastLayers": 1024}}}, GENERATION),
+    Valid("head first", {"method": {"type": "Full", "headFirst": {"epochs": 2}}}),
+    Valid("head first, then the last layers", {"method": {
+        "type": "Full", "trainable": {"lastLayers": 1}, "headFirst": {"steps": 9}}, "training.maxSteps": 10}),
+    Valid("head first in steps of a run in epochs", {"method.headFirst": {"steps": 900}}),
+    Valid("head first in epochs of a run in steps", {"method.headFirst": {"epochs": 3}, "training.maxSteps": 10}),
+    *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
     Valid("gate of generation", {"evaluation": {"metrics": ["perplexity", "loss"],
@@ -508,6 +568,8 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "model.revision": (LEFT_OUT, "main"),
     "model.secretRef": (LEFT_OUT, {"name": "token"}),
     "model.trustRemoteCode": (False, True),
+    "model.adapter": (LEFT_OUT, {"uri": "s3://bucket/adapter"}),
+    "model.adapter.uri": ("s3://bucket/adapter", "s3://bucket/other"),
     "dataset.sources": (TEXTS, TEXTS * 2),
     "dataset.validation": (LEFT_OUT, {"fraction": 0.1}),
     "dataset.test": ({"fraction": 0.1}, {"fraction": 0.2}),
@@ -516,11 +578,17 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "method": (LEFT_OUT, {"type": "Full"}),
     "method.lora": (LEFT_OUT, {}),
     "method.lora.rank": (8, 16),
+    "method.lora.variant": (LEFT_OUT, "RsLoRA"),
+    "method.headFirst": (LEFT_OUT, {"epochs": 1}),
+    "method.headFirst.epochs": (1, 2),
+    "method.trainable.lastLayers": (1, 2),
     "training": (LEFT_OUT, {"seed": 43}),
     "training.epochs": (LEFT_OUT, 3),
     "training.batchSize": (LEFT_OUT, {"sequences": 32}),
     "training.batchSize.sequences": (32, 16),
     "training.seed": (1, 2),
+    "training.earlyStopping": (LEFT_OUT, {"patience": 2}),
+    "training.earlyStopping.patience": (2, 3),
     "evaluation.metrics": (["loss", "accuracy"], ["accuracy", "loss"]),
     "evaluation.gate": (LEFT_OUT, {"metric": "loss", "maximum": 1}),
     "evaluation.gate.minimum": (LEFT_OUT, 0.9),
@@ -540,7 +608,10 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "output.uri": (LEFT_OUT, "s3://bucket/out"),
     "output.format": (LEFT_OUT, "Adapter"),
 }
-_NEEDED: dict[str, Changes] = {"evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}}}
+_NEEDED: dict[str, Changes] = {
+    "method.trainable.lastLayers": {"method.type": "Full"},
+    "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
+}
 
 UPDATES = [
     *(

@@ -9,7 +9,18 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.spec import Columns, DataFormat, Gate, MethodType, Metric, OutputFormat, Precision, Schedule, Task
+from finetune_api.spec import (
+    Columns,
+    DataFormat,
+    Gate,
+    LoraVariant,
+    MethodType,
+    Metric,
+    OutputFormat,
+    Precision,
+    Schedule,
+    Task,
+)
 
 
 class JobReference(Document):
@@ -28,6 +39,7 @@ class Location(Document):
 
 class PlanModel(Document):
     location: Location
+    adapter: Location | None = Field(None, description="Training goes on from this adapter; prepare puts it into the workspace's adapter/.")
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -56,10 +68,24 @@ class PlanDataset(Document):
 
 
 class PlanLora(Document):
+    variant: LoraVariant = LoraVariant.LORA
     rank: int
     alpha: int
     dropout: float
     target_modules: list[str] | None = Field(None, description="None: all linear layers of the transformer blocks.")
+
+
+class PlanHeadFirst(Document):
+    """Exactly one of epochs and steps is set."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float
+
+
+class PlanEarlyStopping(Document):
+    patience: int
+    minimum_improvement: float
 
 
 class PlanTraining(Document):
@@ -78,6 +104,7 @@ class PlanTraining(Document):
     max_grad_norm: float
     checkpoint_steps: int | None = Field(None, description="Set in the train plan.")
     evaluation_steps: int | None = Field(None, description="Set in the train plan.")
+    early_stopping: PlanEarlyStopping | None = None
 
 
 class PlanEvaluation(Document):
@@ -100,12 +127,14 @@ class PlanOutput(Document):
 class Plan(Document):
     stage: Stage
     job: JobReference
-    workspace: str = Field(description="Folder with model/ data/ checkpoints/ artifacts/ report/.")
+    workspace: str = Field(description="Folder with model/ adapter/ data/ checkpoints/ artifacts/ report/.")
     task: Task
     model: PlanModel
     dataset: PlanDataset
     method: MethodType
     lora: PlanLora | None = None
+    last_layers: int | None = Field(None, description="Full only. None: all weights are trained.")
+    head_first: PlanHeadFirst | None = None
     training: PlanTraining
     evaluation: PlanEvaluation
     device: PlanDevice

@@ -46,6 +46,7 @@ class PrepareResult(Document):
 
 class TrainResult(Document):
     steps: int
+    stopped_early: str | None = Field(None, description="Where and why training ended before its last step, for people.")
     best_step: int
     precision: str
     device: str

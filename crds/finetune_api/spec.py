@@ -73,6 +73,12 @@ class MethodType(StrEnum):
     HEAD = "Head"
 
 
+class LoraVariant(StrEnum):
+    LORA = "LoRA"
+    RS_LORA = "RsLoRA"
+    DORA = "DoRA"
+
+
 class DataFormat(StrEnum):
     MESSAGES = "Messages"
     PROMPT_COMPLETION = "PromptCompletion"
@@ -109,6 +115,15 @@ class OutputFormat(StrEnum):
     MERGED = "Merged"
 
 
+class AdapterSource(Document):
+    rules: ClassVar = (
+        *uri_rules(),
+        Rule("!self.uri.startsWith('configmap://')", "an adapter is a folder and does not fit a ConfigMap; use hf://, pvc:// or an object store", "uri"),
+    )
+    uri: Uri = Field(description=f"A folder with a PEFT adapter, as output.format Adapter makes it. {URI_HELP}.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
 class ModelSpec(Document):
     rules: ClassVar = (
         *uri_rules(),
@@ -122,6 +137,10 @@ class ModelSpec(Document):
     secret_ref: LocalReference | None = Field(
         None, description="Secret with the credentials for this URI: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; "
         "GOOGLE_APPLICATION_CREDENTIALS (the JSON itself); AZURE_STORAGE_CONNECTION_STRING; or username and password for https."
+    )
+    adapter: AdapterSource | None = Field(
+        None, description="A LoRA adapter of this model, from an earlier job, to go on from. method.lora must have its settings, dataset.labels its labels. "
+        "The result is an adapter of the same kind."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models that you have read.")
     allow_pickle: bool = Field(False, description="Accept weights as pickle files, which can run code when they are read. Off: safetensors only.")
@@ -183,24 +202,57 @@ class DatasetSpec(Document):
 
 
 class LoraSpec(Document):
+    variant: LoraVariant = Field(
+        LoraVariant.LORA, description="LoRA. RsLoRA: the scale falls with the root of the rank, which keeps high ranks learning (https://arxiv.org/abs/2312.03732). "
+        "DoRA: length and direction of the weights are trained apart; slower, often better at low ranks (https://arxiv.org/abs/2402.09353)."
+    )
     rank: int | None = Field(None, ge=1, le=1024, description="Rank of the update matrices. Left out: 16.")
-    alpha: int | None = Field(None, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank. Left out: twice the rank.")
+    alpha: int | None = Field(None, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank, with RsLoRA by alpha / sqrt(rank). Left out: twice the rank, with RsLoRA 8; both scale by 2 at rank 16.")
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout on the adapter's input. Left out: 0.05.")
     target_modules: Annotated[list[Column], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Names of the linear layers that get adapters. Left out: all linear layers of the transformer blocks."
     )
 
 
+class TrainableSpec(Document):
+    last_layers: int = Field(
+        ge=1, le=1024, description="Train the last so many transformer blocks, the final norm and the head; embeddings, and an output layer that shares their weights, stay frozen."
+    )
+
+
+class HeadFirst(Document):
+    rules: ClassVar = (Rule("has(self.epochs) != has(self.steps)", "give either epochs or steps, not both and not neither"),)
+    epochs: float | None = Field(None, gt=0, le=1000, description="Passes over the training rows with the head alone; they count towards training.epochs.")
+    steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps with the head alone, instead of epochs; they count towards training.maxSteps.")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="Peak learning rate of these steps. Left out: 0.001.")
+
+
 class MethodSpec(Document):
-    rules: ClassVar = (Rule("!has(self.lora) || self.type == 'LoRA'", "lora is for type LoRA only", "lora"),)
+    rules: ClassVar = (
+        Rule("!has(self.lora) || self.type == 'LoRA'", "lora is for type LoRA only", "lora"),
+        Rule("!has(self.trainable) || self.type == 'Full'", "trainable is for type Full only; LoRA and Head say themselves what they train", "trainable"),
+        Rule("!has(self.headFirst) || self.type != 'Head'", "headFirst is for types LoRA and Full; Head trains nothing but the head", "headFirst"),
+    )
     type: MethodType = Field(MethodType.LORA, description="LoRA: small adapters beside frozen weights. Full: all weights. Head: the classification head only.")
     lora: LoraSpec | None = Field(None, description="Settings of LoRA.")
+    trainable: TrainableSpec | None = Field(None, description="Which weights type Full trains. Left out: all.")
+    head_first: HeadFirst | None = Field(
+        None, description="Train the fresh classification head alone first, then everything: so it does not distort what the model knows (https://arxiv.org/abs/2202.10054). "
+        "Warm-up and schedule run once for each part."
+    )
 
 
 class BatchSize(Document):
     rules: ClassVar = (Rule("has(self.sequences) != has(self.tokens)", "give either sequences or tokens, not both and not neither"),)
     sequences: int | None = Field(None, ge=1, le=65536, description="Rows per optimizer step, over all GPUs.")
     tokens: int | None = Field(None, ge=1, le=67108864, description="Most tokens per optimizer step, over all GPUs.")
+
+
+class EarlyStopping(Document):
+    patience: int = Field(ge=1, le=1000, description="Training ends when so many evaluations in a row brought no improvement.")
+    minimum_improvement: float = Field(
+        0, ge=0, le=1e9, description="How much better than at the last improvement it must be to be one, in the metric's own unit."
+    )
 
 
 class TrainingSpec(Document):
@@ -221,6 +273,10 @@ class TrainingSpec(Document):
     max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     checkpoint_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between checkpoints. Left out: a twentieth of the run.")
     evaluation_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps between evaluations. Left out: once per epoch.")
+    early_stopping: EarlyStopping | None = Field(
+        None, description="End training when the metric that chooses the best checkpoint no longer improves on validation: the first of evaluation.metrics (Classification) or loss (Generation). "
+        "Evaluations of method.headFirst do not count. Left out: all steps are done."
+    )
 
 
 class Gate(Document):
@@ -315,6 +371,15 @@ class FineTuneJobSpec(Document):
 
     rules: ClassVar = (
         Rule("self.task == 'Classification' || self.method.type != 'Head'", "Head is for task Classification; use LoRA or Full", "method.type"),
+        Rule("!has(self.model.adapter) || self.method.type == 'LoRA'", "an adapter can be gone on from with method LoRA only", "model.adapter"),
+        Rule("self.task == 'Classification' || !has(self.method.headFirst)",
+             "headFirst is for task Classification: a generator has no fresh head", "method.headFirst"),
+        Rule("!has(self.method.headFirst) || !has(self.method.headFirst.epochs) || has(self.training.maxSteps) "
+             "|| self.method.headFirst.epochs < (has(self.training.epochs) ? self.training.epochs : 3.0)",
+             "headFirst must leave some of training.epochs (3 if left out) for the rest of the weights", "method.headFirst.epochs"),
+        Rule("!has(self.method.headFirst) || !has(self.method.headFirst.steps) || !has(self.training.maxSteps) "
+             "|| self.method.headFirst.steps < self.training.maxSteps",
+             "headFirst must leave some of training.maxSteps for the rest of the weights", "method.headFirst.steps"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         _format_fits_task("dataset.sources"),
         _format_fits_task("dataset.validation.sources"),

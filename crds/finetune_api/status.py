@@ -85,7 +85,8 @@ class ModelStatus(Document):
 class ResolvedStatus(Document):
     """Every setting that was left to us, and what was chosen."""
 
-    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32'.")
+    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32', 'DoRA r=16 alpha=32' or 'Full lastLayers=2'.")
+    head_first: str | None = Field(None, max_length=64, description="Training of the head alone before the rest, for example '1 epochs, learning rate 0.001'.")
     epochs: Decimal | None = Field(None, description="Epochs; unset if maxSteps decides.")
     max_steps: int | None = Field(None, description="Optimizer steps, if they decide.")
     learning_rate: Decimal = Field(description="Peak learning rate.")
@@ -98,6 +99,7 @@ class ResolvedStatus(Document):
     trainable_parameters: int | None = Field(None, description="Number of weights that are trained; known when training has begun.")
     checkpoint_steps: int | None = Field(None, description="Steps between checkpoints.")
     evaluation_steps: int | None = Field(None, description="Steps between evaluations.")
+    early_stopping: str | None = Field(None, max_length=64, description="When training ends early, for example 'patience 3, minimum improvement 0.01'.")
     output: str = Field(max_length=32, description="Adapter or Merged.")
     metrics: Annotated[list[str], Field(max_length=8)] = Field(description="Metrics, the first one is shown in the Metric column.")
 
@@ -122,8 +124,9 @@ class ArtifactStatus(Document):
 
 class ResultStatus(Document):
     split: str | None = Field(None, max_length=32, description="The split that the scores are from: test or validation.")
-    baseline: str | None = Field(None, max_length=64, description="What it is compared with: the majority class, or the untuned model.")
+    baseline: str | None = Field(None, max_length=64, description="What it is compared with: the majority class, the untuned model, or the adapter that it went on from.")
     scores: Annotated[list[Score], Field(max_length=16)] | None = Field(None, description="Scores of the best checkpoint.")
+    stopped_early: Message | None = Field(None, description="At which step and why training ended early, if it did.")
     gate: GateResult | None = Field(None, description="Outcome of evaluation.gate.")
     artifact: ArtifactStatus | None = Field(None, description="What was published.")
 

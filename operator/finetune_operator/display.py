@@ -192,7 +192,8 @@ def outcome(status: FineTuneJobStatus, stage: Stage) -> str:
         case Stage.PREPARE if data:
             return f"{data.train_rows} rows to train on, {data.validation_rows} validation, {data.test_rows} test"
         case Stage.TRAIN if result and result.scores:
-            return ", ".join(f"{score.metric} {score.value}" for score in result.scores)
+            scores = ", ".join(f"{score.metric} {score.value}" for score in result.scores)
+            return f"{scores}; {result.stopped_early}" if result.stopped_early else scores
         case Stage.PUBLISH if result and result.artifact:
             return f"{result.artifact.format}, {result.artifact.size_bytes / 1e6:.1f} MB"
     return ""

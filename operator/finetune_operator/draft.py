@@ -155,7 +155,12 @@ class Draft:
             metrics=old.model_copy(update={name: value for name, value in found.items() if value is not None}),
             metric=f"{first.metric}={first.value}" if first else self.get("metric"),
             result=ResultStatus(
-                split=train.split, baseline=train.baseline, scores=train.scores, gate=train.gate, artifact=None
+                split=train.split,
+                baseline=train.baseline,
+                scores=train.scores,
+                stopped_early=train.stopped_early,
+                gate=train.gate,
+                artifact=None,
             ),
         )
 

@@ -88,6 +88,8 @@ def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
             yield f"spec.dataset.{field}[{index}].uri", source.uri
 
     yield "spec.model.uri", spec.model.uri
+    if spec.model.adapter:
+        yield "spec.model.adapter.uri", spec.model.adapter.uri
     yield from of_sources("sources", spec.dataset.sources)
     for name, split in (("validation", spec.dataset.validation), ("test", spec.dataset.test)):
         yield from of_sources(f"{name}.sources", split.sources if split else None)

@@ -15,7 +15,9 @@ from finetune_api.plan import (
     Plan,
     PlanDataset,
     PlanDevice,
+    PlanEarlyStopping,
     PlanEvaluation,
+    PlanHeadFirst,
     PlanLora,
     PlanModel,
     PlanOutput,
@@ -25,9 +27,11 @@ from finetune_api.plan import (
 )
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.spec import (
+    AdapterSource,
     Columns,
     FineTuneJobSpec,
     LoraSpec,
+    LoraVariant,
     MethodType,
     Metric,
     ModelSpec,
@@ -47,6 +51,9 @@ EPOCHS = 3.0
 VALIDATION_FRACTION = 0.1
 LORA_RANK = 16
 LORA_DROPOUT = 0.05
+RS_LORA_ALPHA = 8
+"""Divided by the root of the usual rank it is 2, the scale of the other variants. It does not grow with the rank: that
+the scale falls with the rank's root is what keeps the size of the updates (https://arxiv.org/abs/2312.03732)."""
 BATCH_SEQUENCES = {Task.CLASSIFICATION: 32, Task.GENERATION: 16}
 MAX_LENGTH = {Task.CLASSIFICATION: 512, Task.GENERATION: 2048}
 METRICS = {
@@ -65,6 +72,7 @@ LEARNING_RATE = {
     # A fresh linear layer on fixed features: Adam's own default (https://arxiv.org/abs/1412.6980).
     (MethodType.HEAD, Task.CLASSIFICATION): 1e-3,
 }
+HEAD_LEARNING_RATE = LEARNING_RATE[MethodType.HEAD, Task.CLASSIFICATION]
 
 
 class Layout(Protocol):
@@ -130,10 +138,11 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, LocalReference | None]]:
     """URI and Secret of all that a stage reads or writes beside the workspace: for training that is nothing."""
-    used: list[ModelSpec | Source | OutputSpec] = []
+    used: list[ModelSpec | AdapterSource | Source | OutputSpec] = []
     if stage is Stage.PREPARE:
         splits = (spec.dataset.validation, spec.dataset.test)
-        used = [spec.model, *spec.dataset.sources, *(s for split in splits if split for s in split.sources or ())]
+        held_out = (source for split in splits if split for source in split.sources or ())
+        used = [spec.model, *filter(None, [spec.model.adapter]), *spec.dataset.sources, *held_out]
     elif stage is Stage.PUBLISH:
         used = [spec.output]
     for part in used:
@@ -150,6 +159,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         task=spec.task,
         model=PlanModel(
             location=_location(layout, spec.model, stage is Stage.PREPARE),
+            adapter=_location(layout, spec.model.adapter, stage is Stage.PREPARE) if spec.model.adapter else None,
             revision=spec.model.revision,
             trust_remote_code=spec.model.trust_remote_code,
             allow_pickle=spec.model.allow_pickle,
@@ -157,6 +167,8 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         dataset=_dataset(spec, stage, layout),
         method=spec.method.type,
         lora=_lora(spec),
+        last_layers=spec.method.trainable.last_layers if spec.method.trainable else None,
+        head_first=_head_first(spec),
         training=_training(resource, spec),
         evaluation=PlanEvaluation(metrics=_metrics(spec), gate=spec.evaluation.gate),
         device=PlanDevice(
@@ -174,11 +186,12 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
 
 def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | None) -> ResolvedStatus:
     """The settings in force; what only the device decides comes from the running or the finished training."""
-    training, lora, found = plan.training, plan.lora, train or progress
+    training, found = plan.training, train or progress
     precision = (found and found.precision) or training.precision
     batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
     return ResolvedStatus(
-        method=f"{plan.method} r={lora.rank} alpha={lora.alpha}" if lora else plan.method,
+        method=_method(plan),
+        head_first=_describe_head_first(plan.head_first) if plan.head_first else None,
         epochs=decimal(training.epochs),
         max_steps=training.max_steps,
         learning_rate=decimal(training.learning_rate) or "",
@@ -191,12 +204,13 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
         trainable_parameters=found.trainable_parameters if found else None,
         checkpoint_steps=training.checkpoint_steps,
         evaluation_steps=training.evaluation_steps,
+        early_stopping=_describe_patience(training.early_stopping) if training.early_stopping else None,
         output=plan.output.format,
         metrics=[metric.value for metric in plan.evaluation.metrics],
     )
 
 
-def _location(layout: Layout, part: ModelSpec | Source | OutputSpec, reachable: bool) -> Location:
+def _location(layout: Layout, part: ModelSpec | AdapterSource | Source | OutputSpec, reachable: bool) -> Location:
     """Only a stage that reads or writes it has it mounted; for the others it is a name."""
     uri = part.uri or ""
     return layout.locate(uri, part.secret_ref) if reachable else Location(uri=uri)
@@ -234,11 +248,35 @@ def _lora(spec: FineTuneJobSpec) -> PlanLora | None:
     lora = spec.method.lora or LoraSpec()
     rank = lora.rank or LORA_RANK
     return PlanLora(
+        variant=lora.variant,
         rank=rank,
-        alpha=lora.alpha or 2 * rank,
+        alpha=lora.alpha or (RS_LORA_ALPHA if lora.variant is LoraVariant.RS_LORA else 2 * rank),
         dropout=LORA_DROPOUT if lora.dropout is None else lora.dropout,
         target_modules=lora.target_modules,
     )
+
+
+def _head_first(spec: FineTuneJobSpec) -> PlanHeadFirst | None:
+    wanted = spec.method.head_first
+    if wanted is None:
+        return None
+    rate = wanted.learning_rate or HEAD_LEARNING_RATE
+    return PlanHeadFirst(epochs=wanted.epochs, steps=wanted.steps, learning_rate=rate)
+
+
+def _method(plan: Plan) -> str:
+    if plan.lora:
+        return f"{plan.lora.variant} r={plan.lora.rank} alpha={plan.lora.alpha}"
+    return plan.method if plan.last_layers is None else f"{plan.method} lastLayers={plan.last_layers}"
+
+
+def _describe_head_first(first: PlanHeadFirst) -> str:
+    length = f"{decimal(first.epochs)} epochs" if first.epochs else f"{first.steps} steps"
+    return f"{length}, learning rate {decimal(first.learning_rate)}"
+
+
+def _describe_patience(settings: PlanEarlyStopping) -> str:
+    return f"patience {settings.patience}, minimum improvement {decimal(settings.minimum_improvement)}"
 
 
 def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
@@ -260,6 +298,12 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         max_grad_norm=wanted.max_grad_norm,
         checkpoint_steps=wanted.checkpoint_steps,
         evaluation_steps=wanted.evaluation_steps,
+        early_stopping=PlanEarlyStopping(
+            patience=wanted.early_stopping.patience,
+            minimum_improvement=wanted.early_stopping.minimum_improvement,
+        )
+        if wanted.early_stopping
+        else None,
     )
     return _size(plan, resource, spec)
 

@@ -31,6 +31,7 @@ from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import remove_folder
+from finetune_trainer.fetch_adapter import fetch_adapter
 from finetune_trainer.fetch_model import fetch_model
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.watch import Watch
@@ -116,12 +117,16 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
 
     from finetune_trainer.data.tokenize import Encoder
     from finetune_trainer.model import facts
-    from finetune_trainer.model.load import load_tokenizer
+    from finetune_trainer.model.load import check_start_adapter, load_tokenizer
 
     config = facts.load_config(workspace.model, plan.model.trust_remote_code)
     facts.check_task(config, plan.task)
     model = findings.model = facts.read_facts(workspace.model, config, revision)
+    facts.check_layers(model, plan.last_layers)
     watch.check()
+    if plan.model.adapter is not None:
+        fetch_adapter(plan.model.adapter, workspace, this.watch("Fetching the adapter", 0.5, 0.5))
+        check_start_adapter(plan, workspace, findings.labels, revision)
     tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
     facts.check_tokenizer(tokenizer, plan.task, model.vocabulary_size)
     limit = facts.context_length(config, tokenizer)

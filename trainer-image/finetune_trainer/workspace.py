@@ -27,6 +27,11 @@ class Workspace:
         return self.root / "model"
 
     @property
+    def adapter(self) -> Path:
+        """The adapter of an earlier job that training goes on from, if any."""
+        return self.root / "adapter"
+
+    @property
     def data(self) -> Path:
         """Tokenized Arrow shards and their manifest."""
         return self.root / "data"

@@ -462,6 +462,7 @@ class TestLayout:
     def test_every_place_without_one_is_found(self, tmp_path):
         changes = {
             "model.uri": "pvc://models/m",
+            "model.adapter": {"uri": "pvc://models/a"},
             "dataset.sources": [{"uri": "file://a.csv"}, {"uri": "configmap://texts/a"}],
             "dataset.validation": {"sources": [{"uri": "pvc://data/v"}]},
             "dataset.test": {"sources": [{"uri": "pvc://data/t"}]},
@@ -470,6 +471,7 @@ class TestLayout:
         spec = parse_spec(manifest(**changes)["spec"])
         assert [finding.field for finding in LocalLayout(tmp_path, tmp_path).findings(spec)] == [
             "spec.model.uri",
+            "spec.model.adapter.uri",
             "spec.dataset.sources[1].uri",
             "spec.dataset.validation.sources[0].uri",
             "spec.dataset.test.sources[0].uri",

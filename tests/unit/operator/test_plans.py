@@ -5,10 +5,10 @@ from pathlib import PurePosixPath
 
 import pytest
 from finetune_api.constants import Stage
-from finetune_api.plan import Plan
+from finetune_api.plan import Location, Plan
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.rules import parse_spec
-from finetune_api.spec import FineTuneJobSpec, LoraSpec, TrainingSpec
+from finetune_api.spec import FineTuneJobSpec, HeadFirst, LoraSpec, TrainingSpec
 from finetune_api.status import DataStatus, FineTuneJobStatus, ModelStatus
 from finetune_operator.observed import Key, Resource
 from finetune_operator.plans import PodLayout, build_plan, resolved_status
@@ -82,13 +82,46 @@ def test_a_spec_of_three_lines_gets_what_the_descriptions_promise():
         (TrainingSpec, "max_length", "at most 512 (Classification) or 2048 (Generation)"),
         (TrainingSpec, "checkpoint_steps", "a twentieth of the run"),
         (TrainingSpec, "evaluation_steps", "once per epoch"),
+        (HeadFirst, "learning_rate", "Left out: 0.001."),
         (LoraSpec, "rank", "Left out: 16."),
-        (LoraSpec, "alpha", "twice the rank"),
+        (LoraSpec, "alpha", "twice the rank, with RsLoRA 8"),
         (LoraSpec, "dropout", "Left out: 0.05."),
     ],
 )
 def test_the_defaults_asserted_here_are_those_that_kubectl_explain_shows(model, field, promise):
     assert promise in model.model_fields[field].description
+
+
+@pytest.mark.parametrize(
+    ("lora", "alpha", "shown"),
+    [
+        ({"variant": "DoRA", "rank": 4}, 8, "DoRA r=4 alpha=8"),
+        ({"variant": "RsLoRA"}, 8, "RsLoRA r=16 alpha=8"),
+        ({"variant": "RsLoRA", "rank": 64}, 8, "RsLoRA r=64 alpha=8"),
+        ({"variant": "RsLoRA", "alpha": 32}, 32, "RsLoRA r=16 alpha=32"),
+    ],
+)
+def test_the_variant_of_lora_is_shown_and_has_its_own_usual_alpha(lora, alpha, shown):
+    plan = make_plan(method={"lora": lora})
+    assert (plan.lora.variant, plan.lora.alpha) == (lora["variant"], alpha)
+    assert resolved_status(plan, None, None).method == shown
+
+
+def test_early_stopping_is_shown():
+    assert make_plan().training.early_stopping is None
+    plan = make_plan(training={"earlyStopping": {"patience": 3, "minimumImprovement": 0.01}})
+    assert resolved_status(plan, None, None).early_stopping == "patience 3, minimum improvement 0.01"
+
+
+def test_what_is_trained_is_shown():
+    method = {"type": "Full", "trainable": {"lastLayers": 2}, "headFirst": {"epochs": 0.5}}
+    plan = make_plan(method=method)
+    assert (plan.last_layers, plan.head_first.epochs, plan.head_first.learning_rate) == (2, 0.5, 1e-3)
+    resolved = resolved_status(plan, None, None)
+    assert (resolved.method, resolved.head_first) == ("Full lastLayers=2", "0.5 epochs, learning rate 0.001")
+    plan = make_plan(method={"headFirst": {"steps": 7, "learningRate": 0.01}})
+    assert (plan.last_layers, plan.head_first.steps) == (None, 7)
+    assert resolved_status(plan, None, None).head_first == "7 steps, learning rate 0.01"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +156,7 @@ def test_what_the_user_says_stays_also_where_it_is_zero():
         "maxGradNorm": 3,
         "checkpointSteps": 11,
         "evaluationSteps": 13,
+        "earlyStopping": {"patience": 2, "minimumImprovement": 0},
     }
     lora = {"rank": 4, "dropout": 0, "targetModules": ["query"]}
     plan = make_plan(Stage.TRAIN, prepared=True, training=training, method={"type": "LoRA", "lora": lora})
@@ -180,7 +214,12 @@ def test_the_gates_metric_is_reported_though_nobody_asked_for_it():
 
 
 SECRETS = {
-    "model": {"uri": "hf://owner/name", "secretRef": {"name": "hub"}, "revision": "v1"},
+    "model": {
+        "uri": "hf://owner/name",
+        "secretRef": {"name": "hub"},
+        "revision": "v1",
+        "adapter": {"uri": "pvc://adapters/first", "secretRef": {"name": "adapter-key"}},
+    },
     "dataset": {"sources": [{"uri": "pvc://data/a_b/ü.jsonl", "secretRef": {"name": "aws"}}]},
     "output": {"uri": "pvc://results/run", "secretRef": {"name": "push"}},
 }
@@ -190,6 +229,9 @@ def test_each_stage_is_told_only_where_its_own_things_are():
     prepare, train, publish = (make_plan(stage, prepared=True, **SECRETS) for stage in Stage)
     assert prepare.model.location.secret_dir == "/secrets/hub"
     assert prepare.dataset.sources[0].location.path == "/sources/pvc/data/a_b/ü.jsonl"
+    assert prepare.model.adapter.path == "/sources/pvc/adapters/first"
+    assert prepare.model.adapter.secret_dir == "/secrets/adapter-key"
+    assert train.model.adapter == publish.model.adapter == Location(uri="pvc://adapters/first")
     assert prepare.output.location.path is None
     assert publish.output.location.path == "/sources/pvc/results/run"
     assert publish.output.location.secret_dir == "/secrets/push"

@@ -7,6 +7,7 @@ from finetune_api.constants import Phase, Reason, Stage
 from finetune_api.progress import Outcome, Result
 from finetune_api.status import GateResult
 from finetune_operator.cluster import ForbiddenError, NameClashError, RejectedError, UnavailableError
+from finetune_operator.display import outcome
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -162,6 +163,20 @@ async def test_a_failed_gate_keeps_the_scores_and_publishes_nothing(cluster: Fak
     assert cluster.condition("GatePassed") == ("False", "GateFailed")
     assert cluster.status.result is not None and cluster.status.result.scores is not None
     assert Stage.PUBLISH not in cluster.jobs
+
+
+async def test_a_training_that_ended_early_says_at_which_step_and_why(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    cluster.say(Stage.TRAIN, fraction=0.5, step=30, total_steps=66)
+    await cluster.settle()
+    why = "stopped early after step 30 of 66: in 2 evaluations macroF1 was not better than the 0.91 of step 10"
+    train = TRAINED.model_copy(update={"steps": 30, "stopped_early": why})
+    cluster.finish(Stage.TRAIN, success(Stage.TRAIN).model_copy(update={"train": train}))
+    await cluster.settle()
+    assert (cluster.status.progress.step, cluster.status.progress.total_steps) == (30, 30)
+    assert cluster.status.result.stopped_early == why
+    assert outcome(cluster.status, Stage.TRAIN) == f"macroF1 0.91; {why}"
 
 
 async def test_out_of_memory_names_the_limit_and_the_field(cluster: FakeCluster) -> None:

@@ -1,6 +1,7 @@
 """The model of a job: what is trained, what is frozen, and which models are refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,22 @@ import pytest
 import torch
 from finetune_api.constants import Reason
 from finetune_trainer.errors import StageError, UserError
+from finetune_trainer.model.adapters import head_weights
 from finetune_trainer.model.load import build_model, load_tokenizer, load_trainable_state, trainable_state
 from finetune_trainer.workspace import Workspace
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -106,6 +116,25 @@ def lora_targets_of_any_kind(model: torch.nn.Module) -> set[str]:
     return {name for name in trainable_state(model) if "lora_" in name}
 
 
+def test_dora_trains_the_length_of_every_adapted_weight_too(bert: Workspace) -> None:
+    names = [name for name in trainable_state(build(bert, lora={"variant": "DoRA"})) if "lora_magnitude_vector" in name]
+    assert len(names) == 12
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("LoRA", 2.0), ("RsLoRA", 4.0), ("DoRA", 2.0)])
+def test_the_variant_decides_the_scale(bert: Workspace, variant: str, scale: float) -> None:
+    layers = build(bert, lora={"variant": variant, "rank": 4, "alpha": 8}).modules()
+    assert {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLayer)} == {scale}
+
+
+def test_dora_starts_as_the_untuned_model(llama: Workspace) -> None:
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        adapted = build(llama, lora={"variant": "DoRA"}, **GENERATION).eval()(input_ids=ids).logits
+        plain = build(llama, method="Full", **GENERATION).eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted, plain, atol=1e-5, rtol=0)
+
+
 def test_lora_starts_as_the_untuned_model(llama: Workspace) -> None:
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
@@ -133,6 +162,69 @@ def test_full_trains_every_weight_once(llama: Workspace) -> None:
     model = build(llama, method="Full", **GENERATION)
     assert sum(w.numel() for w in trainable_state(model).values()) == sum(w.numel() for w in model.parameters())
     assert "lm_head.weight" not in trainable_state(model)  # tied to the embeddings
+
+
+def parts(model: torch.nn.Module) -> set[str]:
+    """Modules with trained weights: down to the block."""
+    return {name.rsplit(".", 1)[0].split(".self_attn")[0].split(".mlp")[0] for name in trainable_state(model)}
+
+
+def test_the_last_layers_of_a_generator_are_trained_with_the_final_norm(llama: Workspace) -> None:
+    block = {"model.layers.1", "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"}
+    tied = build(llama, method="Full", last_layers=1, **GENERATION)
+    assert parts(tied) == block | {"model.norm"}
+    untie(llama)
+    assert parts(build(llama, method="Full", last_layers=1, **GENERATION)) == block | {"model.norm", "lm_head"}
+    every = parts(build(llama, method="Full", last_layers=2, **GENERATION))
+    assert "model.layers.0" in every
+    assert "model.embed_tokens" not in every
+
+
+def test_the_last_layers_of_a_classifier_are_trained_with_the_head(bert: Workspace) -> None:
+    names = set(trainable_state(build(bert, method="Full", last_layers=1)))
+    assert {name for name in names if not name.startswith("bert.encoder.layer.1.")} == HEAD
+    assert len(names) == len(HEAD) + 16
+
+
+def opt() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    return OPTForCausalLM(OPTConfig(vocab_size=320, word_embed_proj_dim=32, max_position_embeddings=128, **sizes))
+
+
+def bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=2))
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"), [(gpt2, "transformer.ln_f"), (opt, "model.decoder.final_layer_norm"), (bloom, "transformer.ln_f")]
+)
+def test_the_final_norm_is_found_wherever_it_stands(llama: Workspace, make: Callable, norm: str) -> None:
+    make().save_pretrained(llama.model)
+    names = trainable_state(build(llama, method="Full", last_layers=1, **GENERATION))
+    assert {name.rsplit(".", 1)[0] for name in names if ".1." not in name} == {norm}
+
+
+def test_more_layers_than_there_are_cannot_be_trained(bert: Workspace) -> None:
+    with pytest.raises(UserError, match=r"lastLayers: 3 layers .* BertForSequenceClassification has 2; ") as caught:
+        build(bert, method="Full", last_layers=3)
+    assert caught.value.reason is Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "Full"}, {"method": "Full", "last_layers": 1}])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_weights_of_the_head_are_found_under_any_method(
+    name: str, request: pytest.FixtureRequest, changes: dict[str, Any]
+) -> None:
+    workspace = request.getfixturevalue(name)
+    model = build(workspace, **changes)
+    head = trainable_state(build(workspace, method="Head"))
+    found = head_weights(model)
+    assert sorted(w.shape for w in found) == sorted(w.shape for w in head.values())
+    assert {id(w) for w in found} <= {id(w) for w in model.parameters() if w.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["LoRA", "Full", "Head"])

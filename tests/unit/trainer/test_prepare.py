@@ -11,7 +11,7 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome
 from finetune_api.report import DataReport, Quarantined
-from finetune_api.spec import Task
+from finetune_api.spec import MethodType, Task
 from finetune_trainer.data import read
 from finetune_trainer.data.store import open_split, read_manifest
 from finetune_trainer.errors import Interrupted, StageError, UserError
@@ -465,6 +465,15 @@ def test_a_padding_token_without_an_embedding_is_told_before_a_gpu_waits(tmp_pat
     with pytest.raises(UserError, match="pads with token 320, but it has only 320 embeddings") as caught:
         prepare(plan(file, task=Task.GENERATION, model=folder))
     assert caught.value.reason is Reason.MODEL_INVALID
+
+
+def test_layers_that_the_model_does_not_have_are_told_before_a_gpu_waits(tmp_path, plan):
+    full = {"method": MethodType.FULL, "lora": None}
+    file = write_jsonl(tmp_path / "a.jsonl", sentiment(50))
+    with pytest.raises(UserError, match=r"method\.trainable\.lastLayers: 3 layers .* has 2; leave") as caught:
+        prepare(plan(file).model_copy(update={**full, "last_layers": 3}))
+    assert caught.value.reason is Reason.INVALID_SPEC
+    prepare(plan(file).model_copy(update={**full, "last_layers": 2}))
 
 
 def test_refused_data_leaves_what_was_prepared_before(tmp_path, plan):

@@ -12,6 +12,7 @@ import torch
 from finetune_api.constants import Reason, Stage
 from finetune_api.plan import JobReference
 from finetune_api.progress import Outcome, Result
+from finetune_api.spec import LoraVariant, OutputFormat
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.publish.run import run
 from finetune_trainer.telemetry import Telemetry
@@ -24,7 +25,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from tests.models import save_tiny_bert, save_tiny_llama
+from tests.models import save_tiny_bert, save_tiny_gpt2, save_tiny_llama
 from tests.unit.trainer.trained_workspace import GENERATION, LABELS, REVISION, make_trained
 
 TEXTS = ["profit rises", "shares fall on a loss that was wider than expected"]
@@ -159,6 +160,32 @@ class TestCompleteModel:
         model = AutoModelForCausalLM.from_pretrained(artifacts).eval()
         assert difference(logits(model, artifacts), logits(trained, tmp_path / "model")) < 1e-4
         assert model.generation_config.max_new_tokens == 32
+
+    @pytest.mark.parametrize("save", [save_tiny_bert, save_tiny_gpt2, save_tiny_llama])
+    @pytest.mark.parametrize("variant", list(LoraVariant))
+    def test_and_the_adapter_answer_as_the_trained_model_with_every_variant_of_lora(
+        self, tmp_path, telemetry, variant, save
+    ):
+        save(tmp_path / "model")
+        task = {} if save is save_tiny_bert else GENERATION
+        lora = {"variant": variant, "rank": 4, "alpha": 4}
+        plan, trained = make_trained(tmp_path, lora=lora, **task)
+        expected = logits(trained, tmp_path / "model")
+        artifacts = tmp_path / "artifacts"
+        run(plan, telemetry)
+        kind, options = AutoModelForCausalLM, {}
+        if not task:
+            kind = AutoModelForSequenceClassification
+            options = {"config": AutoConfig.from_pretrained(artifacts, subfolder="base_config")}
+        base = kind.from_pretrained(tmp_path / "model", **options)
+        assert difference(logits(base.eval(), tmp_path / "model"), expected) > 0.1
+        assert difference(logits(PeftModel.from_pretrained(base, artifacts).eval(), artifacts), expected) < 1e-5
+        assert f"{variant} (rank 4, alpha 4)" in (artifacts / "README.md").read_text()
+        run(
+            plan.model_copy(update={"output": plan.output.model_copy(update={"format": OutputFormat.MERGED})}),
+            telemetry,
+        )
+        assert difference(logits(kind.from_pretrained(artifacts).eval(), artifacts), expected) < 1e-4
 
     @pytest.mark.parametrize("save", [save_tiny_bert, save_tiny_llama])
     def test_is_merged_in_fp32_and_rounded_once_to_the_type_of_its_base(self, tmp_path, telemetry, save):

@@ -74,6 +74,25 @@ class TestMetadata:
 
 
 class TestContent:
+    def test_says_which_weights_were_trained(self):
+        head_first = {"epochs": 0.5, "learning_rate": 0.001}
+        settings = rows(card(method="Full", lora=None, last_layers=2, head_first=head_first))
+        assert ["method", "Full"] in settings
+        assert ["trained layers", "the last 2, the final norm and the head"] in settings
+        assert ["head alone first", "0.5 epochs, learning rate 0.001"] in settings
+        names = [row[0] for row in rows(card())]
+        assert not {"trained layers", "head alone first", "early stopping"} & set(names)
+
+    def test_says_which_adapter_it_went_on_from(self):
+        text = card(model={"adapter": {"uri": "https://me:hush@host/adapter?signature=hush"}})
+        assert ["started from the adapter", "`https://host/adapter`"] in rows(text)
+        assert "hush" not in text
+
+    def test_says_when_training_would_end_early(self):
+        settings = {"patience": 3, "minimum_improvement": 0.01}
+        text = card(training={"early_stopping": settings})
+        assert ["early stopping", "patience 3, minimum improvement 0.01"] in rows(text)
+
     def test_says_what_it_is(self):
         text = card()
         assert "# sentiment\n" in text

@@ -20,7 +20,7 @@ from finetune_api.report import EvaluationReport
 from finetune_api.spec import Task
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.evaluate.predict import Evaluator
-from finetune_trainer.model.load import build_model, load_trainable_state
+from finetune_trainer.model.load import build_model, load_trainable_state, trainable_state
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import checkpoint, loop, reporting
 from finetune_trainer.train.run import run
@@ -211,6 +211,73 @@ def stop_after(plan: Plan, step: int) -> Telemetry:
     return telemetry
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"lora": {"variant": "RsLoRA"}},
+    "DoRA": {"lora": {"variant": "DoRA"}},
+    "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
+    "last layers": {"method": "Full", "lora": None, "last_layers": 1},
+    "last layers of a generator": {"method": "Full", "lora": None, "last_layers": 1, **GENERATION},
+    "last layers of a generator in bf16": {
+        **{"method": "Full", "lora": None, "last_layers": 1, "training": {"precision": "bf16"}},
+        **GENERATION,
+    },
+    "head first, then all": {"method": "Full", "lora": None, "head_first": {"steps": 5, "learning_rate": 0.01}},
+    "head first, then LoRA": {"head_first": {"epochs": 0.75, "learning_rate": 0.01}},
+}
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_every_method_goes_on_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {**changes, "training": {**SAVES["training"], **changes.get("training", {})}}
+    whole = make_training(tmp_path / "whole", **changes)
+    result = train(whole)
+    plan = make_training(tmp_path / "stopped", **changes)
+    for step in (2, 3, 5, 8, 11):
+        with pytest.raises(Interrupted):
+            train(plan, stop_after(plan, step))
+    again = train(plan)
+    assert same_weights(plan, whole)
+    assert report(plan) == report(whole)
+    assert again.train.scores == result.train.scores
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "Full", "lora": None}], ids=["LoRA", "Full"])
+def test_the_head_is_trained_alone_first(tmp_path: Path, method: dict[str, Any]) -> None:
+    training = {**SAVES["training"], "checkpoint_steps": 6, "warmup_ratio": 0.34, "learning_rate": 1e-4}
+    plan = make_training(tmp_path, head_first={"epochs": 1, "learning_rate": 0.01}, **method, training=training)
+    start = trainable_state(build_model(plan, Workspace(tmp_path), LABELS))
+    train(plan)
+    middle, end = weights(plan, "step-00000006"), weights(plan)
+
+    def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[bool]:
+        """Whether the weights of the head changed, whether others did."""
+        head = ("classifier", "pooler")
+        return {any(part in name for part in head) for name in before if not torch.equal(before[name], after[name])}
+
+    assert changed(start, middle) == {True}
+    assert changed(middle, end) == {True, False}
+    rates = [line["learningRate"] for line in training_log(plan) if "learningRate" in line]
+    assert (max(rates[:6]), max(rates[6:])) == (0.01, 1e-4)
+    assert all(rates[at] < rates[at + 2] for at in (0, 6)), "each part has a warm-up"
+    assert all(rates[at] > rates[at + 2] for at in (3, 9)), "each part has an end"
+
+
+@pytest.mark.parametrize("first", [{"epochs": 2}, {"steps": 12}])
+def test_a_run_of_the_head_alone_is_refused(tmp_path: Path, first: dict[str, float]) -> None:
+    plan = make_training(tmp_path, head_first={**first, "learning_rate": 0.01})
+    with pytest.raises(UserError, match=r"method\.headFirst: .* 12 of 12 optimizer steps") as caught:
+        train(plan)
+    assert caught.value.reason is Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize("changes", [{"last_layers": 1}, {"head_first": {"steps": 6, "learning_rate": 0.01}}])
+def test_a_checkpoint_of_other_trained_weights_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    full = {"method": "Full", "lora": None, **SAVES}
+    train(make_training(tmp_path, **full))
+    with pytest.raises(UserError, match=r"method\.(trainable\.lastLayers|headFirst\.steps) was None and is now"):
+        train(make_training(tmp_path, **full, **changes))
+
+
 def test_the_log_of_a_resumed_run_has_every_step_once(uninterrupted, tmp_path: Path) -> None:
     whole, _, changes = uninterrupted
     plan = make_training(tmp_path, **changes)
@@ -369,8 +436,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path, monkeypat
     monkeypatch.setattr(reporting, "REPORT_SECONDS", 1000.0)  # it is found later and still told exactly
     original, poisoned = loop.accumulate_gradients, Calls(5, lambda: None)
 
-    def poison(*arguments):
-        loss = original(*arguments)
+    def poison(*arguments, **options):
+        loss = original(*arguments, **options)
         poisoned()
         return loss * float("nan") if poisoned.count == 5 else loss
 

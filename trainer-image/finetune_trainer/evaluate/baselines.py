@@ -9,6 +9,7 @@ from finetune_trainer.evaluate.metrics import Integers, classification
 
 MAJORITY = "majority class"
 UNTUNED = "untuned model"
+START = "start adapter"
 
 
 def majority_class(train: Integers, true: Integers, labels: Sequence[str]) -> Evaluation:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch_model import INDEX
+from finetune_trainer.model.adapters import too_few_layers
 
 AUTO_CLASSES = {
     Task.CLASSIFICATION: ("AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
@@ -66,6 +67,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, task: Task, vocabulary_s
         raise _invalid(f"has a tokenizer that pads with token {padding}, but it has only {vocabulary_size} embeddings")
     if tokenizer.eos_token_id is None and task is Task.GENERATION:
         raise _invalid("has a tokenizer without an end-of-text token, which Generation needs")
+
+
+def check_layers(model: ModelStatus, last_layers: int | None) -> None:
+    """Raises UserError (InvalidSpec) if more layers are to be trained than the model is known to have."""
+    if last_layers is not None and model.layers is not None and last_layers > model.layers:
+        raise too_few_layers(last_layers, model.architecture, model.layers)
 
 
 def context_length(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:

@@ -11,6 +11,7 @@ from finetune_api.plan import Plan
 from finetune_api.spec import Task
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.model.adapters import apply_method, block_lists, head_modules
+from finetune_trainer.model.start_adapter import check_layers, check_start, load_start
 from finetune_trainer.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def build_model(plan: Plan, workspace: Workspace, labels: list[str] | None) -> t
     """The model as it is before its first step, in fp32 on the CPU, with exactly the trained weights requiring grad.
 
     The fresh weights (head, adapters) are drawn from training.seed, so every call gives the same model; the
-    global RNG is left as it was. `labels`, in the order of the class ids, are for Classification.
+    global RNG is left as it was. With model.adapter they are those of the adapter in the workspace. `labels`, in the
+    order of the class ids, are for Classification.
     Raises UserError (ModelInvalid) if the weights do not belong to the model's config or task.
     """
     tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
@@ -53,7 +56,23 @@ def build_model(plan: Plan, workspace: Workspace, labels: list[str] | None) -> t
         torch.manual_seed(plan.training.seed)
         model = _load_foundation(plan, workspace, labels)
         _set_padding(model, int(tokenizer.pad_token_id))
-        return apply_method(model, plan)
+        model = apply_method(model, plan)
+    if plan.model.adapter is not None:
+        load_start(workspace.adapter, model)
+    return model
+
+
+def check_start_adapter(plan: Plan, workspace: Workspace, labels: list[str] | None, revision: str | None) -> None:
+    """Raises UserError if the adapter in the workspace does not fit the job. No weights of the model are read."""
+    check_start(workspace.adapter, plan, labels, revision)
+    auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    trusted = {"trust_remote_code": plan.model.trust_remote_code}
+    config = AutoConfig.from_pretrained(workspace.model, local_files_only=True, **trusted)
+    if labels is not None:
+        config.num_labels = len(labels)
+    with torch.device("meta"):
+        skeleton = apply_method(auto.from_config(config, **trusted), plan)
+    check_layers(workspace.adapter, skeleton)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

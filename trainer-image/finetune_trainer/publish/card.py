@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from finetune_api.plan import Plan
+from finetune_api.plan import Plan, PlanEarlyStopping, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from finetune_trainer.publish.export import CONFIG_FOLDER, foundation_name
 from finetune_trainer.publish.sums import SUMS, TAG
+from finetune_trainer.storage import display_uri
 
 HUB_METRICS = {
     Metric.ACCURACY: "accuracy",
@@ -181,6 +182,9 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
     targets = plan.lora and (", ".join(plan.lora.target_modules or ()) or "all linear layers of the transformer blocks")
     settings = {
         "method": _method(plan),
+        "started from the adapter": plan.model.adapter and _code(display_uri(plan.model.adapter)),
+        "trained layers": plan.last_layers and f"the last {plan.last_layers}, the final norm and the head",
+        "head alone first": plan.head_first and _head_first(plan.head_first),
         "LoRA dropout": plan.lora and plan.lora.dropout,
         "LoRA target modules": targets,
         "epochs": training.epochs,
@@ -196,15 +200,25 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "weight decay": training.weight_decay,
         "gradient clipping norm": training.max_grad_norm,
         "steps between evaluations": training.evaluation_steps,
+        "early stopping": training.early_stopping and _patience(training.early_stopping),
         "seed": training.seed,
         "GPUs": plan.device.gpus * plan.device.nodes,
     }
     return [(name, value) for name, value in settings.items() if value is not None]
 
 
+def _head_first(first: PlanHeadFirst) -> str:
+    length = f"{first.epochs:g} epochs" if first.epochs else f"{first.steps} steps"
+    return f"{length}, learning rate {first.learning_rate:g}"
+
+
+def _patience(settings: PlanEarlyStopping) -> str:
+    return f"patience {settings.patience}, minimum improvement {settings.minimum_improvement:g}"
+
+
 def _method(plan: Plan) -> str:
     lora = plan.lora
-    return plan.method.value if lora is None else f"{plan.method.value} (rank {lora.rank}, alpha {lora.alpha})"
+    return plan.method.value if lora is None else f"{lora.variant.value} (rank {lora.rank}, alpha {lora.alpha})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -43,7 +43,7 @@ class BatchPlan:
         self._epoch_starts = [0]
         """First step of each epoch that was needed so far; with a token budget epochs differ in their steps."""
         self._order = lru_cache(maxsize=1)(self._make_order)
-        self.total_steps = max_steps if max_steps is not None else self._steps_in(epochs or 0.0)
+        self.total_steps = max_steps if max_steps is not None else self.steps_in(epochs or 0.0)
 
     def rows(self, step: int) -> Indices:
         """The rows of an optimizer step, in their shuffled order."""
@@ -58,7 +58,8 @@ class BatchPlan:
         epoch, first = self._find(steps - 1)
         return epoch + (steps - first) / (self._start(epoch + 1) - first)
 
-    def _steps_in(self, epochs: float) -> int:
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps that so many passes over the rows take."""
         whole = math.floor(epochs)
         start = self._start(whole)
         part = epochs - whole

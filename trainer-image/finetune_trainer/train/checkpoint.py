@@ -48,12 +48,22 @@ class RunIdentity(Document):
     """Settings by their path in the spec."""
 
 
+class Improvement(Document):
+    """The last evaluation that brought one, for early stopping."""
+
+    step: int
+    score: float
+    evaluations_since: int = 0
+
+
 class RunState(Document):
     """Where a run stands after `step` optimizer steps: the batch cursor, and what has been added up."""
 
     step: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation that was finished."""
+    improvement: Improvement | None = None
+    """None: no evaluation counted so far, or there is no early stopping."""
     training_loss: float | None = None
     """Mean over the steps between the last two evaluations."""
     evaluation_loss: float | None = None
@@ -97,11 +107,14 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     free = {"checkpointSteps", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
+    settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}
     settings |= {
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],
         "model.revision": spec["model"].get("revision"),
+        "model.adapter.uri": spec["model"].get("adapter", {}).get("uri"),
         "method.type": spec["method"],
+        "method.trainable.lastLayers": spec.get("lastLayers"),
         "evaluation.metrics": spec["evaluation"]["metrics"],
     }
     return RunIdentity(fingerprint=fingerprint, settings=settings)

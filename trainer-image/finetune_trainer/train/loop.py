@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from finetune_api.constants import Reason
 from finetune_api.plan import Plan
-from finetune_api.spec import Metric, Task
+from finetune_api.spec import MethodType, Metric, Task
 
 from finetune_trainer.data.store import Rows
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluate.metrics import better
 from finetune_trainer.evaluate.predict import Evaluator
-from finetune_trainer.model.adapters import training_mode
+from finetune_trainer.model.adapters import head_weights, training_mode
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import BatchPlan, MicroBatch, collate, micro_batches
-from finetune_trainer.train.checkpoint import Best, Checkpoints, RunState
+from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.loss import predict
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
@@ -47,6 +48,8 @@ class Loop:
     telemetry: Telemetry
     reporter: Reporter
     state: RunState
+    head_steps: int = 0
+    """Optimizer steps, from the first one on, in which the head alone is trained."""
     _saved: RunState | None = field(init=False)
     _interval: Interval = field(init=False)
     _pace: Pace = field(init=False)
@@ -60,11 +63,12 @@ class Loop:
         self._pace = Pace(evaluations=math.ceil(total / every) - self.state.step // every)
         self._bad_step = torch.full((), -1, device=self.device.torch_device)
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self._head = head_weights(self.model) if self.head_steps else []
         self._loss_since_evaluation = self._zero() + self.state.loss_sum
         self._step_ended = time.monotonic()
 
     def run(self) -> RunState:
-        """Trains, evaluates, keeps the best and saves until the last step is done.
+        """Trains, evaluates, keeps the best and saves until the last step is done, or patience has run out.
 
         Raises Interrupted after saving if that was asked for, and UserError (NonFiniteLoss).
         """
@@ -75,21 +79,20 @@ class Loop:
                 self._evaluate()
             if self._saves_at(step) and self._saved != self.state:
                 self._save()
-            if step == self.batches.total_steps:
+            if self._is_over():
                 return self.state
             self._stop_if_asked()
             self._step()
 
     def _step(self) -> None:
         training, step = self.plan.training, self.state.step
-        rate = learning_rate(
-            step, self.batches.total_steps, training.learning_rate, training.warmup_ratio, training.schedule
-        )
+        head_first = step < self.head_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        training_mode(self.model, self.plan.method)
+            group["lr"] = self._rate(step)
+        training_mode(self.model, head_only=head_first or self.plan.method is MethodType.HEAD)
         micro = self._read(step)
-        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat)
+        only = self._head if head_first else None
+        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat, only=only)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -97,16 +100,29 @@ class Loop:
         self._bad_step = torch.where(bad, step + 1, self._bad_step)
         self._count(loss, micro)
         if self.reporter.due() or step + 1 == self.batches.total_steps:
-            self._check_finite()
-            self.reporter.steps(
-                self._interval,
-                step=step + 1,
-                epoch=self.batches.epoch(step + 1),
-                rate=rate,
-                remaining=self._pace.remaining(self.batches.total_steps - step - 1),
-                peak_memory=self.device.peak_memory(),
-            )
-            self._interval = self._new_interval()
+            self._report()
+
+    def _report(self) -> None:
+        self._check_finite()
+        step = self.state.step
+        self.reporter.steps(
+            self._interval,
+            step=step,
+            epoch=self.batches.epoch(step),
+            rate=self._rate(step - 1),
+            remaining=self._pace.remaining(self.batches.total_steps - step),
+            peak_memory=self.device.peak_memory(),
+        )
+        self._interval = self._new_interval()
+
+    def _rate(self, step: int) -> float:
+        """The learning rate: the steps of the head and those of all weights each have a warm-up and an end."""
+        training, first, last, peak = self.plan.training, 0, self.batches.total_steps, self.plan.training.learning_rate
+        if self.plan.head_first and step < self.head_steps:
+            last, peak = self.head_steps, self.plan.head_first.learning_rate
+        else:
+            first = self.head_steps
+        return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
     def _read(self, step: int) -> list[MicroBatch]:
         groups = micro_batches(self.batches.rows(step), self.train.lengths, self.evaluator.micro_batch_tokens)
@@ -143,6 +159,8 @@ class Loop:
     def _evaluate(self) -> None:
         started = time.monotonic()
         self._check_finite()
+        if self._interval.rows:
+            self._report()  # this may be the last step
         self.telemetry.update(activity="Evaluating")
         result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._beat())
         step = self.state.step
@@ -159,12 +177,20 @@ class Loop:
         self.state = self.state.model_copy(
             update={
                 "evaluated_step": step,
+                "improvement": self._improvement(result.metrics[metric]),
                 "evaluation_loss": result.metrics[Metric.LOSS],
                 "training_loss": self._mean_loss(),
                 "loss_targets": 0,
             }
         )
         self._loss_since_evaluation = self._zero()
+
+    def _improvement(self, score: float) -> Improvement | None:
+        """With the evaluation that was just done; one that is done again after its weights were lost counts once."""
+        settings, step, last = self.plan.training.early_stopping, self.state.step, self.state.improvement
+        if settings is None or step <= self.head_steps or step == self.state.evaluated_step:
+            return last
+        return early_stopping.judge(last, step, score, deciding_metric(self.plan), settings.minimum_improvement)
 
     def _mean_loss(self) -> float | None:
         """Of the steps since the last evaluation; if there are none, what it was then."""
@@ -211,9 +237,13 @@ class Loop:
         every = self.plan.training.evaluation_steps
         return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
 
+    def _is_over(self) -> bool:
+        early = early_stopping.is_over(self.plan.training.early_stopping, self.state.improvement)
+        return early or self.state.step == self.batches.total_steps
+
     def _saves_at(self, step: int) -> bool:
         every = self.plan.training.checkpoint_steps
-        return step == self.batches.total_steps or (every is not None and step > 0 and step % every == 0)
+        return self._is_over() or (every is not None and step > 0 and step % every == 0)
 
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
@@ -228,12 +258,14 @@ def accumulate_gradients(
     device: Device,
     seed: list[int],
     beat: Callable[[], None] = lambda: None,
+    *,
+    only: list[torch.nn.Parameter] | None = None,
 ) -> torch.Tensor:
     """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
-    i is drawn from (seed, i). `beat` is called before each, and may raise to stop. The result is a float64 scalar
-    on the device: nothing waits for it here.
+    i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
+    gradients. The result is a float64 scalar on the device: nothing waits for it here.
     """
     targets = max(1, sum(len(batch.targets) for batch in micro))
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
@@ -242,7 +274,7 @@ def accumulate_gradients(
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
             loss = predict(model, batch.to(device.torch_device)).losses().sum()
-        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
 

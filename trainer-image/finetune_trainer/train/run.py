@@ -19,15 +19,16 @@ from pydantic import ValidationError
 
 from finetune_trainer.data.store import DataManifest, Rows, open_split, read_manifest
 from finetune_trainer.errors import Interrupted, UserError
-from finetune_trainer.evaluate.baselines import UNTUNED, majority_class
+from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
-from finetune_trainer.train.loop import Loop, make_optimizer, non_finite
+from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
@@ -93,12 +94,14 @@ class _Run:
         training = plan.training
         size = BatchSize(sequences=training.batch_sequences, tokens=training.batch_tokens)
         self.batches = BatchPlan(self.train.lengths, size, training.seed, training.epochs, training.max_steps)
+        self.head_steps = _head_steps(plan, self.batches)
 
     def result(self) -> Result:
         newest = self.checkpoints.newest()
         model, evaluator = self._prepare_model()
         untuned = self._untuned_baseline(model, evaluator) if self.plan.task is Task.GENERATION else None
         state = self._train(model, evaluator, newest)
+        self.telemetry.update(total_steps=state.step)
         self.checkpoints.load_best(model)
         tuned = evaluator("tuned", model, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
         if not np.isfinite(tuned.metrics[Metric.LOSS]):
@@ -163,14 +166,22 @@ class _Run:
             telemetry=self.telemetry,
             reporter=Reporter(self.telemetry, log, self.batches.total_steps),
             state=state,
+            head_steps=self.head_steps,
         ).run()
 
+    def _why_early(self, state: RunState) -> str | None:
+        settings, total = self.plan.training.early_stopping, self.batches.total_steps
+        if settings is None or state.improvement is None or state.step == total:
+            return None
+        return early_stopping.explain(settings, state.improvement, deciding_metric(self.plan), state.step, total)
+
     def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
-        """Of the model as it was built: adapters still add nothing. Kept, so that a resume is spared of it."""
+        """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
         path = self.workspace.checkpoints / BASELINE
         known = _recall(path, self.digest, Evaluation)
         if known is None:
-            known = evaluator(UNTUNED, model, self.final, self._on_batch("Evaluating the untuned model", 0.0, 0.0))
+            name = START if self.plan.model.adapter else UNTUNED
+            known = evaluator(name, model, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
             _remember(path, self.digest, known)
         return known
 
@@ -203,6 +214,7 @@ class _Run:
         best = self.checkpoints.best()
         train = TrainResult(
             steps=state.step,
+            stopped_early=self._why_early(state),
             best_step=best.step if best else state.step,
             precision=self.device.precision.value,
             device=self.device.name,
@@ -260,6 +272,21 @@ def _rows(workspace: Workspace, manifest: DataManifest, split: str) -> Rows:
 
 def _labels(data: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.array([data.label(row) for row in range(len(data))], np.int64)
+
+
+def _head_steps(plan: Plan, batches: BatchPlan) -> int:
+    """Optimizer steps for the head alone; raises UserError if they leave none for the rest."""
+    first = plan.head_first
+    if first is None:
+        return 0
+    steps = first.steps or batches.steps_in(first.epochs or 0.0)
+    if steps >= batches.total_steps:
+        raise UserError(
+            Reason.INVALID_SPEC,
+            f"method.headFirst: the head alone would be trained for {steps} of {batches.total_steps} optimizer steps; "
+            "lower it, or raise training.epochs or training.maxSteps",
+        )
+    return steps
 
 
 def _micro_batch_tokens(plan: Plan) -> int:
