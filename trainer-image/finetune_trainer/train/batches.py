@@ -18,6 +18,7 @@ from finetune_api.spec import BatchSize, Task
 
 from finetune_trainer.data.store import Rows
 
+CPU = torch.device("cpu")
 Indices = npt.NDArray[np.int64]
 
 
@@ -149,7 +150,7 @@ class Documents:
 
     lengths: tuple[int, ...]
     """Tokens of each, in their order."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @cached_property
     def starts(self) -> torch.Tensor:
@@ -189,10 +190,15 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        moved = {name: _move(tensor, device) for name, tensor in tensors.items()}
-        documents = self.documents and replace(self.documents, device=device)
-        return replace(self, documents=documents, **moved)
+        return replace(
+            self,
+            input_ids=_move(self.input_ids, device),
+            targets=_move(self.targets, device),
+            attention_mask=self.attention_mask if self.attention_mask is None else _move(self.attention_mask, device),
+            positions=self.positions if self.positions is None else _move(self.positions, device),
+            documents=self.documents and replace(self.documents, device=device),
+            position_ids=self.position_ids if self.position_ids is None else _move(self.position_ids, device),
+        )
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -234,7 +240,7 @@ class Batching:
         )
 
     def halve(self, longest: int) -> bool:
-        """Makes micro-batches half as large; says no if even the `longest` row would then have to stand alone in one."""
+        """Makes micro-batches half as large; False if the `longest` row would then not fit any more."""
         if self.micro_batch_tokens <= longest:
             return False
         self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)

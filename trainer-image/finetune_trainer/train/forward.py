@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from finetune_trainer.train import attention
-from finetune_trainer.train.attention import PACKED, CannotPack
+from finetune_trainer.train.attention import PACKED, CannotPackError
 from finetune_trainer.train.batches import MicroBatch, arrange
 from finetune_trainer.train.device import Device
 
@@ -40,7 +40,7 @@ class Forward:
     model: torch.nn.Module
     task: Task
     packs: bool = False
-    """Documents stand side by side in one sequence, without padding. The model's attention is then that of `attention`."""
+    """Documents stand side by side in one sequence, without padding; the model's attention is that of `attention`."""
     why_padded: str | None = None
     """What keeps this model from packing, for people."""
     apart: bool = False
@@ -78,7 +78,7 @@ class Forward:
 
         if len(hidden) <= size:
             return losses(hidden, targets)
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -99,7 +99,7 @@ def prove(model: torch.nn.Module, task: Task, device: Device) -> Forward:
 
 def foundation(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model in or under the adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -120,13 +120,13 @@ def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torc
 def _standing_in(module: torch.nn.Module, output: Any) -> Iterator[None]:
     """While it is entered, `module` gives `output` and computes nothing."""
     own = vars(module).get("forward")  # set where somebody has wrapped it
-    module.forward = lambda *_arguments, **_named: output  # type: ignore[method-assign]
+    module.forward = lambda *_arguments, **_named: output
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def _prove(model: torch.nn.Module, device: Device) -> Forward:
@@ -179,7 +179,7 @@ def _differs(forward: Forward, batch: MicroBatch, expected: torch.Tensor, tolera
     """What is wrong with the losses that `forward` gives."""
     try:
         found = forward.losses(batch)
-    except CannotPack as problem:
+    except CannotPackError as problem:
         return str(problem)
     except (TypeError, ValueError, AttributeError, RuntimeError) as problem:
         return f"it cannot be run on packed documents ({type(problem).__name__})"

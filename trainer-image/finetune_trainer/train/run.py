@@ -29,6 +29,7 @@ from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
 from finetune_trainer.train.forward import Forward, prove
+from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
@@ -121,6 +122,8 @@ class _Run:
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
         model.to(self.device.torch_device)
+        if self.device.torch_device.type == "cpu":
+            speed_up(model)
         forward = prove(model, self.plan.task, self.device)
         batching = Batching(
             task=self.plan.task,
