@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.trainer.training_workspace import CLASSIFICATION_ROWS, GENERATION, LABELS, make_training, write_data
 
-SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 60}}
+SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 30}}
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
 
 
@@ -371,7 +371,7 @@ def test_classification_is_learnt_and_passes_its_gate(tmp_path: Path, method: st
 
 def test_head_learns_with_a_frozen_encoder(tmp_path: Path) -> None:
     plan = make_training(
-        tmp_path, {"train": 60, "validation": 30}, method="Head", training=LEARNS | {"learning_rate": 1e-2}
+        tmp_path, {"train": 150, "validation": 60}, method="Head", training=LEARNS | {"learning_rate": 1e-2}
     )
     scale_weights(plan, "encoder.layer", 8)
     result = train(plan)
