@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from finetune_api.constants import ExitCode, Reason, Stage
 from finetune_api.plan import Plan
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from finetune_trainer.environment import prepare_environment
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.failure import describe_failure, format_trace
+from finetune_trainer.launch import is_worker, launch, leave_end, processes, rank
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.logs import adopt_library_logs, start_logging
 from finetune_trainer.telemetry.telemetry import port_from_environment
@@ -59,8 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = read_plan(options.plan, stage)
         start_logging(f"{plan.job.namespace}/{plan.job.name}", trace)
-        result = run_stage(plan, stop_requested)
-        code = int(EXIT_CODES[result.outcome])
+        if rank() > 0:  # all processes come by the same places
+            logging.getLogger().setLevel(logging.WARNING)
+        if processes(plan) > 1 and not is_worker():
+            end = launch(plan, options.plan, stop_requested, write_termination_message)
+            result, code = end.result, end.code
+        else:
+            result = run_stage(plan, stop_requested)
+            code = int(EXIT_CODES[result.outcome])
     except (Exception, KeyboardInterrupt) as error:
         result, code = describe_failure(error, stage)
         expected = isinstance(error, (StageError, KeyboardInterrupt)) and error.__cause__ is None
@@ -71,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.message,
             exc_info=None if expected else error,
         )
+    if is_worker():
+        _end_worker(result, code)
     write_termination_message(result)
     logger.info("%s %s, exit code %d", stage.value, result.outcome.value.lower(), code)
     return code
@@ -94,7 +104,8 @@ def read_plan(path: Path, stage: Stage) -> Plan:
 
 def run_stage(plan: Plan, stop_requested: threading.Event) -> Result:
     """Runs the plan's stage with telemetry and an environment for the libraries."""
-    telemetry = Telemetry(plan.stage, plan.job, port_from_environment(), stop_requested)
+    port = port_from_environment() if rank() == 0 else None
+    telemetry = Telemetry(plan.stage, plan.job, port, stop_requested)
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as temporary, telemetry:
         prepare_environment(plan, Path(temporary))
         logger.info("%s starts", plan.stage.value)
@@ -115,6 +126,13 @@ def _stop_on_signals(stop_requested: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def _end_worker(result: Result, code: int) -> NoReturn:
+    """Ends at once: threads that wait for a process that is gone may keep the interpreter."""
+    leave_end(result, code)
+    logging.shutdown()
+    os._exit(code)
 
 
 def write_termination_message(result: Result) -> None:

@@ -27,7 +27,9 @@ def prepare_environment(plan: Plan, temporary: Path) -> None:
     if not sys.stdout.isatty():
         settings |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.update(settings)
-    threads = cpu_limit()
+    threads, processes = cpu_limit(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1:
+        threads = max(1, (threads or os.cpu_count() or 1) // processes)
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 

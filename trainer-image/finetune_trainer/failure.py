@@ -15,6 +15,11 @@ MAX_TEXT = 1000
 """Characters of a foreign exception's text that are shown."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_MEMORY = (
+    "out of memory: raise resources.limits.memory, or lower training.microBatchTokens (or training.maxLength)"
+)
+GLOO_PLACE = "/gloo/"
+"""Gloo's errors are plain RuntimeErrors that begin with their place in its source."""
 NO_MEMORY_TEXTS = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory", "std::bad_alloc")
 
 
@@ -27,6 +32,11 @@ def describe_failure(error: BaseException, stage: Stage) -> tuple[Result, int]:
         ), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         message = "stopped at once by a second signal"
+        return Result(
+            stage=stage, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message=message
+        ), ExitCode.TRY_AGAIN
+    if any(map(_is_loss_of_others, _causes(error))):
+        message = "lost the other processes of this training: it goes on from the newest checkpoint when all are back"
         return Result(
             stage=stage, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message=message
         ), ExitCode.TRY_AGAIN
@@ -86,6 +96,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY_TEXTS)
 
 
+def _is_loss_of_others(error: BaseException) -> bool:
+    """Whether it says that another process of the same training is gone, or does not answer."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or GLOO_PLACE in str(error)
+
+
 def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL_DISK
@@ -100,9 +118,7 @@ def _memory_message(error: BaseException, stage: Stage) -> str:
             " use method.type LoRA or a smaller model, or ask for a GPU with more memory"
         )
     if stage is Stage.TRAIN:
-        return (
-            "out of memory: raise resources.limits.memory, or lower training.microBatchTokens (or training.maxLength)"
-        )
+        return OUT_OF_MEMORY
     return "out of memory: raise resources.prepare.limits.memory, which is that of prepare and publish"
 
 

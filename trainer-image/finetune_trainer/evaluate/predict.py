@@ -9,13 +9,14 @@ from finetune_api.report import Evaluation
 from finetune_api.spec import Task
 
 from finetune_trainer.data.store import Rows
-from finetune_trainer.evaluate.metrics import classification, generation
+from finetune_trainer.evaluate.metrics import Integers, classification, generation
 from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
+from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward, cross_entropy
 
 OnBatch = Callable[[float], None]
-"""Called before every micro-batch with the share of the rows that is done; may raise to stop."""
+"""Called before every micro-batch with the share of the work that is done; may raise to stop."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,20 @@ class Evaluator:
     batching: Batching
     labels: list[str] | None
     device: Device
+    world: World = ALONE
 
     def __call__(self, name: str, forward: Forward, data: Rows, on_batch: OnBatch) -> Evaluation:
-        """Scores of the model on every row of `data`. Leaves it in evaluation mode."""
+        """Scores of the model on every row of `data`, in all processes the same. Leaves it in evaluation mode."""
         forward.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
-        predicted, true, targets, done = [], [], 0, 0
+        predicted, true, targets = [], [], 0
+        groups = self.batching.cut(data, np.arange(len(data)))
+        share = self.world.share([int(data.lengths[rows].sum()) for rows in groups])
+        turns = len(share.numbers) + share.idle
         with torch.no_grad(), self.device.autocast():
-            for rows in self.batching.cut(data, np.arange(len(data))):
-                on_batch(done / len(data))
-                batch = self.batching.read(data, rows)
+            for turn, number in enumerate(share.numbers):
+                on_batch(turn / turns)
+                batch = self.batching.read(data, groups[number])
                 there = batch.to(self.device.torch_device)
                 if forward.task is Task.CLASSIFICATION:
                     logits = forward.logits(there)
@@ -44,10 +49,17 @@ class Evaluator:
                 else:
                     loss += forward.losses(there).sum()
                 targets += len(batch.targets)
-                done += len(rows)
-        mean = float(loss) / max(1, targets)
+            for turn in range(len(share.numbers), turns):
+                on_batch(turn / turns)
+                if self.world.is_sharded:  # the others need this process's part of the weights
+                    forward.losses(self.batching.read(data, groups[-1]).to(self.device.torch_device))
+        found = self.world.gather((float(loss), targets, _join(true), _join(predicted)))
+        mean = sum(part[0] for part in found) / max(1, sum(part[1] for part in found))
         if forward.task is Task.GENERATION:
             return generation(name, mean)
-        return classification(
-            name, torch.cat(true).numpy(), torch.cat(predicted).cpu().numpy(), mean, self.labels or []
-        )
+        labelled, answered = (np.concatenate([part[at] for part in found]) for at in (2, 3))
+        return classification(name, labelled, answered, mean, self.labels or [])
+
+
+def _join(parts: list[torch.Tensor]) -> Integers:
+    return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.int64)

@@ -88,9 +88,24 @@ def load_trainable_state(model: torch.nn.Module, path: Path) -> None:
             Reason.STAGE_FAILED,
             f"{path.parent.name}/{path.name} is from another model or method; delete the checkpoints and train again",
         )
+    for name, weight in own.items():
+        fill(weight, stored[name])
+
+
+def fill(weight: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a whole tensor into a weight, or of a sharded weight this process's part of it."""
     with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(stored[name])
+        if hasattr(weight, "device_mesh"):  # a DTensor, whose module takes a second to import
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.to(weight.device)
+            value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        weight.copy_(value)
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with all its parts; of a sharded one all processes have to ask."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _load_foundation(plan: Plan, workspace: Workspace, labels: list[str] | None) -> PreTrainedModel:

@@ -44,7 +44,7 @@ METRICS = {
 
 
 class Telemetry:
-    """Holds the newest `Progress`, serves it while it is entered, and carries the request to stop.
+    """Holds the newest `Progress`, serves it while it is entered (unless `port` is None), and carries the request to stop.
 
     Nothing here can end a training: a port that is taken costs the endpoint and a warning, a hostile client its
     own connection.
@@ -54,7 +54,7 @@ class Telemetry:
         self,
         stage: Stage,
         job: JobReference,
-        port: int = TELEMETRY_PORT,
+        port: int | None = TELEMETRY_PORT,
         stop_requested: threading.Event | None = None,
     ) -> None:
         self.stop_requested = stop_requested or threading.Event()
@@ -87,6 +87,8 @@ class Telemetry:
             self.update()
 
     def __enter__(self) -> Self:
+        if self._wanted_port is None:
+            return self
         try:
             self._server = serve(os.environ.get(HOST_VARIABLE, "0.0.0.0"), self._wanted_port, self._page)
         except (OSError, OverflowError) as error:

@@ -3,7 +3,9 @@
     checkpoints/step-00000100/   weights.safetensors  training.pt  state.json  manifest.json
     checkpoints/best/            weights.safetensors  best.json
 
-A step folder holds everything that the next step depends on. The manifest is written last.
+A step folder holds everything that the next step depends on. The manifest is written last. Where the weights are spread
+over several processes (`sharding`), the folder `shards` stands for weights.safetensors and the optimizer; either kind is
+gone on from by any number of processes.
 """
 
 import json
@@ -11,6 +13,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from finetune_trainer.errors import StageError, UserError
-from finetune_trainer.model.load import load_trainable_state, trainable_state
+from finetune_trainer.model.load import load_trainable_state, trainable_state, whole
+from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.workspace import hash_file, new_folder
 
 logger = logging.getLogger(__name__)
@@ -123,22 +127,35 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
 class Checkpoints:
     """The checkpoints of one run in `folder`."""
 
-    def __init__(self, folder: Path, identity: RunIdentity) -> None:
+    def __init__(self, folder: Path, identity: RunIdentity, world: World = ALONE) -> None:
         self.folder = folder
+        self._world = world
         self.best_folder = folder / "best"
         self._identity = identity
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
         """Saves the step, then drops all but the newest `KEEP`: a full disk costs no older checkpoint."""
-        with new_folder(self._path(state.step)) as folder:
-            _save_weights(model, folder)
-            torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_states()}, folder / TRAINING)
-            (folder / STATE).write_text(state.to_json(), encoding="utf-8")
-            files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-            manifest = _Manifest(identity=self._identity, files=files)
-            (folder / MANIFEST).write_text(manifest.to_json(indent=2), encoding="utf-8")
-        for old in self._steps()[:-KEEP]:
-            shutil.rmtree(old)
+        world, training = self._world, {"rng": self._world.gather(_rng_states())}
+        with world.new_folder(self._path(state.step)) as folder:
+            own: list[Path] = []
+            if world.is_sharded:
+                own = _sharding().save_shards(model, optimizer, folder, world)
+            elif world.is_main:
+                _save_weights(trainable_state(model), folder)
+                training["optimizer"] = optimizer.state_dict()
+                own = [folder / WEIGHTS]
+            if world.is_main:
+                torch.save(training, folder / TRAINING)
+                (folder / STATE).write_text(state.to_json(), encoding="utf-8")
+                own += [folder / TRAINING, folder / STATE]
+            described = world.gather({path.relative_to(folder).as_posix(): _describe(path) for path in own})
+            if world.is_main:
+                files = {name: file for part in described for name, file in part.items()}
+                manifest = _Manifest(identity=self._identity, files=files)
+                (folder / MANIFEST).write_text(manifest.to_json(indent=2), encoding="utf-8")
+        if world.is_main:
+            for old in self._steps()[:-KEEP]:
+                shutil.rmtree(old)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; broken ones and leftovers of a kill are removed on the way.
@@ -146,6 +163,9 @@ class Checkpoints:
         Without one, the best weights are of no known run and go too.
         Raises UserError if it is from a run with other data or settings.
         """
+        return self._world.from_main(self._newest)
+
+    def _newest(self) -> Path | None:
         self._clean_up()
         for path in reversed(self._steps()):
             problem, manifest = _verify(path)
@@ -160,20 +180,31 @@ class Checkpoints:
 
     def load(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
         """Puts model, optimizer and all random generators back to where they were; raises StageError if it cannot."""
-        load_trainable_state(model, path / WEIGHTS)
         training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(training["optimizer"])
-        _set_rng_states(training["rng"])
+        if "optimizer" not in training:
+            _sharding().load_shards(model, optimizer, path, self._world)
+        else:
+            load_trainable_state(model, path / WEIGHTS)
+            if self._world.is_sharded:
+                _sharding().load_moments(optimizer, training["optimizer"]["state"])
+            else:
+                optimizer.load_state_dict(training["optimizer"])
+        rng = training["rng"]
+        _set_rng_states(rng[self._world.rank % len(rng)])  # of another number of processes: each step draws its own
         return RunState.model_validate_json((path / STATE).read_bytes())
 
     def save_best(self, model: torch.nn.Module, best: Best) -> None:
+        weights = {name: whole(weight) for name, weight in trainable_state(model).items()}
+        self._world.from_main(lambda: self._save_best(weights, best))
+
+    def _save_best(self, weights: dict[str, torch.Tensor], best: Best) -> None:
         with new_folder(self.best_folder) as folder:
-            _save_weights(model, folder)
+            _save_weights(weights, folder)
             stored = _StoredBest(best=best, weights=_describe(folder / WEIGHTS))
             (folder / BEST).write_text(stored.to_json(), encoding="utf-8")
 
     def best(self) -> Best | None:
-        stored = _read_best(self.best_folder)
+        stored = self._world.from_main(lambda: _read_best(self.best_folder))
         return stored.best if stored else None
 
     def load_best(self, model: torch.nn.Module) -> None:
@@ -218,9 +249,15 @@ class Checkpoints:
             )
 
 
-def _save_weights(model: torch.nn.Module, folder: Path) -> None:
-    weights = {name: weight.to("cpu").contiguous() for name, weight in trainable_state(model).items()}
-    save_file(weights, folder / WEIGHTS)
+def _save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file({name: weight.to("cpu").contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+
+
+def _sharding() -> ModuleType:
+    """Imported only where it is needed: torch.distributed.checkpoint takes seconds."""
+    from finetune_trainer.train import sharding
+
+    return sharding
 
 
 def _describe(path: Path) -> _File:

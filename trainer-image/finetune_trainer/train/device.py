@@ -40,22 +40,28 @@ class Device:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def choose_device(wanted: PlanDevice, precision: Precision | None) -> Device:
-    """Raises UserError (AcceleratorMissing) if a GPU was asked for and is not there: never CPU in silence."""
-    if wanted.gpus > 0 and not torch.cuda.is_available():
-        if not wanted.allow_cpu_fallback:
-            raise UserError(Reason.ACCELERATOR_MISSING, _missing(wanted.gpus))
+def choose_device(wanted: PlanDevice, precision: Precision | None, number: int = 0) -> Device:
+    """The pod's GPU of that number, or its CPU.
+
+    Raises UserError (AcceleratorMissing) if GPUs were asked for and are not all there: never CPU in silence.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < wanted.gpus:
+        if found or not wanted.allow_cpu_fallback:
+            raise UserError(Reason.ACCELERATOR_MISSING, _missing(wanted.gpus, found))
         logger.warning("resources.gpus is %d, but no CUDA device was found: training on CPU", wanted.gpus)
-    if wanted.gpus > 0 and torch.cuda.is_available():
+    if wanted.gpus > 0 and found:
         torch.set_float32_matmul_precision("high")  # TF32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, name = torch.device("cuda", 0), torch.cuda.get_device_name(0)
+        device, name = torch.device("cuda", number), torch.cuda.get_device_name(number)
     else:
         has_bf16, device, name = False, torch.device("cpu"), "cpu"
     return Device(device, precision or (Precision.BF16 if has_bf16 else Precision.FP32), name)
 
 
-def _missing(gpus: int) -> str:
+def _missing(gpus: int, found: int) -> str:
+    if found:
+        return f"resources.gpus asks for {gpus} GPUs on each node, but torch finds {found} in this pod"
     build = torch.version.cuda
     found = (
         "torch finds no CUDA device in this pod (does the node have a CUDA driver that is recent enough?)"

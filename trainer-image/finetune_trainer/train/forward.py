@@ -27,6 +27,9 @@ LOGITS_BYTES = 256 * 2**20
 """Most that the logits of one chunk take in fp32. With a vocabulary of 128,000 that is 524 targets: enough to keep a
 GPU busy, where those of all 8,192 tokens of a micro-batch would take 4 GiB, and as much again for their gradients."""
 
+RUN_WITHIN = "run_within_forward"
+"""Method of a sharded model that runs a function with the model's own weights gathered, as its forward pass does."""
+
 KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
 PROBE_LENGTHS = (5, 9, 4)
 EXACT, ROUNDED = 1e-5, 3e-2
@@ -65,6 +68,12 @@ class Forward:
         if not self.apart:
             logits = self.model(**_inputs(batch)).logits.flatten(0, 1)
             return cross_entropy(logits[batch.positions], batch.targets)
+        # a sharded model has to gather what is beside its transformer's blocks
+        run = getattr(self.model, RUN_WITHIN, lambda work, *arguments: work(*arguments))
+        losses: torch.Tensor = run(self._losses_apart, batch)
+        return losses
+
+    def _losses_apart(self, batch: MicroBatch) -> torch.Tensor:
         output = foundation(self.model).base_model(**_inputs(batch))
         hidden = output.last_hidden_state.flatten(0, 1)[batch.positions]
         return self._losses_in_chunks(output, hidden, batch.targets)
@@ -112,7 +121,8 @@ def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torc
     output = copy.copy(output)
     output.last_hidden_state = hidden.unsqueeze(0)
     with _standing_in(whole.base_model, output):
-        logits: torch.Tensor = whole(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long)).logits
+        # not by a call, which would gather the weights of a sharded model a second time
+        logits: torch.Tensor = whole.forward(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long)).logits
     return logits[0].float()
 
 

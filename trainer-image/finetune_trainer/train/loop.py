@@ -6,7 +6,7 @@ Nothing here depends on when it was interrupted: rows, learning rate and dropout
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import Batching, BatchPlan, MicroBatch
 from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
+from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
 from finetune_trainer.train.schedule import learning_rate
@@ -51,6 +52,7 @@ class Loop:
     state: RunState
     head_steps: int = 0
     """Optimizer steps, from the first one on, in which the head alone is trained."""
+    world: World = ALONE
     _saved: RunState | None = field(init=False)
     _interval: Interval = field(init=False)
     _pace: Pace = field(init=False)
@@ -92,13 +94,13 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
         training_mode(self.model, head_only=head_first or self.plan.method is MethodType.HEAD)
-        loss, micro = self._accumulate(step, self._head if head_first else None)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
+        loss, counts = self._accumulate(step, self._head if head_first else None)
+        norm = self.world.clip(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bad = ~torch.isfinite(loss + norm) & (self._bad_step < 0)
         self._bad_step = torch.where(bad, step + 1, self._bad_step)
-        self._count(loss, micro)
+        self._count(loss, *counts)
         if self.reporter.due() or step + 1 == self.batches.total_steps:
             self._report()
 
@@ -124,15 +126,30 @@ class Loop:
             first = self.head_steps
         return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
-    def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, list[MicroBatch]]:
-        """The gradients of a step. If the GPU has too little memory, in smaller micro-batches: the sum is the same."""
+    def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, list[int]]:
+        """The gradients of a step, the sum of its losses, and its numbers of targets, tokens and rows.
+
+        If the GPU has too little memory, in smaller micro-batches: the sum is the same.
+        """
         rows, seed = self.batches.rows(step), [self.plan.training.seed, step]
         while True:
-            micro = [self.batching.read(self.train, group) for group in self.batching.cut(self.train, rows)]
+            groups = self.batching.cut(self.train, rows)
+            share = self.world.share([int(self.train.lengths[group].sum()) for group in groups])
+            micro = [self.batching.read(self.train, groups[number]) for number in share.numbers]
+            counts = self.world.total(
+                sum(len(batch.targets) for batch in micro),
+                sum(batch.tokens for batch in micro),
+                sum(len(batch.rows) for batch in micro),
+            )
+            idle = [self.batching.read(self.train, rows[:1])] * (share.idle if self.world.is_sharded else 0)
+            part = Part(share.numbers, counts[0], idle)
+            # sharded weights are no leaves of the graph: there `sum_gradients` drops the gradients of the others
+            leaves = None if self.world.is_sharded else only
             try:
-                return accumulate_gradients(self.forward, micro, self.device, seed, self._beat, only=only), micro
+                loss = accumulate_gradients(self.forward, micro, self.device, seed, self._beat, only=leaves, part=part)
+                return self.world.sum_gradients(self._trained, only, loss), counts
             except torch.OutOfMemoryError:
-                if not self.batching.halve(int(self.train.lengths.max())):
+                if self.world.size > 1 or not self.batching.halve(int(self.train.lengths.max())):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -142,15 +159,10 @@ class Loop:
                 step + 1, self.batching.micro_batch_tokens,
             )  # fmt: skip
 
-    def _count(self, loss: torch.Tensor, micro: list[MicroBatch]) -> None:
+    def _count(self, loss: torch.Tensor, targets: int, tokens: int, rows: int) -> None:
         now = time.monotonic()
         # from step to step: what an accelerator is still busy with counts where it is waited for
         seconds, self._step_ended = now - self._step_ended, now
-        targets, tokens, rows = (
-            sum(len(batch.targets) for batch in micro),
-            sum(batch.tokens for batch in micro),
-            sum(len(batch.rows) for batch in micro),
-        )
         self._pace.step(seconds)
         self._loss_since_evaluation += loss
         interval = self._interval
@@ -176,7 +188,7 @@ class Loop:
         if self._interval.rows:
             self._report()  # this may be the last step
         self.telemetry.update(activity="Evaluating")
-        result = self.evaluator("tuned", self.forward, self.validation, lambda _done: self._beat())
+        result = self.evaluator("tuned", self.forward, self.validation, lambda _done: self._pause())
         step = self.state.step
         if not np.isfinite(result.metrics[Metric.LOSS]):
             raise self._non_finite("loss on validation", step)
@@ -212,7 +224,13 @@ class Loop:
         return float(self._loss_since_evaluation) / targets if targets else self.state.training_loss
 
     def _beat(self) -> None:
-        """Between two micro-batches: the state is still that after the last whole step."""
+        """Between two micro-batches of a step: the state is still that after the last whole one."""
+        if self.world.size == 1:  # several stop together, between two steps
+            self._stop_if_asked()
+        self.telemetry.beat()
+
+    def _pause(self) -> None:
+        """Between two micro-batches of an evaluation."""
         self._stop_if_asked()
         self.telemetry.beat()
 
@@ -226,7 +244,7 @@ class Loop:
         self.telemetry.update(activity="Training")
 
     def _stop_if_asked(self) -> None:
-        if not self.telemetry.stop_requested.is_set():
+        if not self.world.agree(self.telemetry.stop_requested.is_set()):
             return
         self.optimizer.zero_grad(set_to_none=True)  # of a step that is not whole: its room is needed no more
         step = self.state.step
@@ -266,6 +284,18 @@ class Loop:
         return Interval(self._zero())
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one of several processes does of an optimizer step."""
+
+    numbers: Sequence[int]
+    """The places of its micro-batches among all of the step."""
+    targets: int
+    """Of the whole step."""
+    idle: Sequence[MicroBatch] = ()
+    """For passes that count for nothing: the others, who still have work, need this process's part of the weights."""
+
+
 def accumulate_gradients(
     forward: Forward,
     micro: list[MicroBatch],
@@ -274,22 +304,29 @@ def accumulate_gradients(
     beat: Callable[[], None] = lambda: None,
     *,
     only: list[torch.nn.Parameter] | None = None,
+    part: Part | None = None,
 ) -> torch.Tensor:
     """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
     i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
-    gradients. The result is a float64 scalar on the device: nothing waits for it here.
+    gradients. `part` says which part of the step these micro-batches are, if they are not all of it. The result is a
+    float64 scalar on the device: nothing waits for it here.
     """
-    targets = max(1, sum(len(batch.targets) for batch in micro))
+    part = part or Part(range(len(micro)), sum(len(batch.targets) for batch in micro))
+    targets = max(1, part.targets)
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
-    for number, batch in enumerate(micro):
+    for number, batch in zip(part.numbers, micro, strict=True):
         beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
             loss = forward.losses(batch.to(device.torch_device)).sum()
         (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
+    for batch in part.idle:
+        with device.autocast():
+            nothing = forward.losses(batch.to(device.torch_device))[:0].sum()
+        nothing.backward()  # type: ignore[no-untyped-call]
     return total
 
 

@@ -125,3 +125,18 @@ class Reporter:
         self._log.write(step=step, evaluation=metrics, best=best)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("Evaluation after step %d: %s%s", step, scores, " (best so far)" if best else "")
+
+
+class Silent(Reporter):
+    """Of a process that does not speak for all."""
+
+    def due(self) -> bool:
+        return False
+
+    def steps(
+        self, interval: Interval, *, step: int, epoch: float, rate: float, remaining: float | None, peak_memory: int
+    ) -> None:
+        """Reports nothing."""
+
+    def evaluation(self, step: int, metrics: dict[str, float], best: bool) -> None:
+        """Reports nothing."""

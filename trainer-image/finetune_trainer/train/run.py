@@ -22,16 +22,18 @@ from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
 from finetune_trainer.evaluate.predict import Evaluator
+from finetune_trainer.launch import local_rank
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.distributed import World, join
 from finetune_trainer.train.forward import Forward, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
-from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
+from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, Silent, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
 logger = logging.getLogger(__name__)
@@ -49,16 +51,23 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
     A run that is already finished gives its result again. A gate that is not passed is a Failed result, after
     all reports are written. Raises UserError and Interrupted.
     """
+    device = choose_device(plan.device, plan.training.precision, local_rank())
+    with join(plan, device) as world:
+        result = _run(plan, telemetry, device, world)
+        # the first process has written all by now; the others have nothing to add
+        return result if world.is_main else result.model_copy(update={"train": None})
+
+
+def _run(plan: Plan, telemetry: Telemetry, device: Device, world: World) -> Result:
     workspace = Workspace(Path(plan.workspace))
     manifest = read_manifest(workspace.data)
     digest = hashlib.sha256(f"{manifest.fingerprint} {plan.to_json()}".encode()).hexdigest()
-    checkpoints = Checkpoints(workspace.checkpoints, identify(plan, manifest.fingerprint))
-    finished = _recall(workspace.checkpoints / RESULT, digest, Result)
+    checkpoints = Checkpoints(workspace.checkpoints, identify(plan, manifest.fingerprint), world)
+    finished = world.from_main(lambda: _recall(workspace.checkpoints / RESULT, digest, Result))
     if finished is not None and checkpoints.best() is not None:
         logger.info("This run is already finished")
         telemetry.update(activity="Done", fraction=1.0, step=finished.step, total_steps=finished.step)
         return finished
-    device = choose_device(plan.device, plan.training.precision)
     result = _Run(
         plan=plan,
         telemetry=telemetry,
@@ -67,8 +76,9 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
         device=device,
         checkpoints=checkpoints,
         digest=digest,
+        world=world,
     ).result()
-    _remember(workspace.checkpoints / RESULT, digest, result)
+    world.from_main(lambda: _remember(workspace.checkpoints / RESULT, digest, result))
     return result
 
 
@@ -85,9 +95,10 @@ class _Run:
         device: Device,
         checkpoints: Checkpoints,
         digest: str,
+        world: World,
     ) -> None:
         self.plan, self.telemetry, self.workspace, self.manifest = plan, telemetry, workspace, manifest
-        self.device, self.checkpoints, self.digest = device, checkpoints, digest
+        self.device, self.checkpoints, self.digest, self.world = device, checkpoints, digest, world
         self.train = _rows(workspace, manifest, "train")
         self.validation = _rows(workspace, manifest, "validation")
         has_test = "test" in manifest.splits and manifest.splits["test"].rows > 0
@@ -121,7 +132,7 @@ class _Run:
         model = build_model(self.plan, self.workspace, self.manifest.labels)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
-        model.to(self.device.torch_device)
+        self.world.place(model, self.device.torch_device)
         if self.device.torch_device.type == "cpu":
             speed_up(model)
         forward = prove(model, self.plan.task, self.device)
@@ -143,7 +154,7 @@ class _Run:
             len(self.train),
             forward.batching,
         )
-        return forward, Evaluator(batching, self.manifest.labels, self.device)
+        return forward, Evaluator(batching, self.manifest.labels, self.device, self.world)
 
     def _train(self, forward: Forward, evaluator: Evaluator, newest: Path | None) -> RunState:
         model = forward.model
@@ -154,7 +165,7 @@ class _Run:
             logger.info("Going on from the checkpoint of step %d", state.step)
             self.telemetry.update(resumed_from_step=state.step, step=state.step)
         log = TrainingLog(self.workspace.report / TRAINING_LOG)
-        log.rewind(state.step)
+        self.world.from_main(lambda: log.rewind(state.step))
         self.telemetry.update(
             activity="Training",
             fraction=TRAINING_SHARE * (state.step / self.batches.total_steps),
@@ -172,9 +183,10 @@ class _Run:
             device=self.device,
             checkpoints=self.checkpoints,
             telemetry=self.telemetry,
-            reporter=Reporter(self.telemetry, log, self.batches.total_steps),
+            reporter=(Reporter if self.world.is_main else Silent)(self.telemetry, log, self.batches.total_steps),
             state=state,
             head_steps=self.head_steps,
+            world=self.world,
         ).run()
 
     def _why_early(self, state: RunState) -> str | None:
@@ -186,11 +198,12 @@ class _Run:
     def _untuned_baseline(self, forward: Forward, evaluator: Evaluator) -> Evaluation:
         """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
         path = self.workspace.checkpoints / BASELINE
-        known = _recall(path, self.digest, Evaluation)
+        known = self.world.from_main(lambda: _recall(path, self.digest, Evaluation))
         if known is None:
             name = START if self.plan.model.adapter else UNTUNED
-            known = evaluator(name, forward, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
-            _remember(path, self.digest, known)
+            found = evaluator(name, forward, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
+            self.world.from_main(lambda: _remember(path, self.digest, found))
+            return found
         return known
 
     def _majority_baseline(self) -> Evaluation:
@@ -198,7 +211,7 @@ class _Run:
 
     def _on_batch(self, activity: str, start: float, end: float) -> Callable[[float], None]:
         def report(done: float) -> None:
-            if self.telemetry.stop_requested.is_set():
+            if self.world.agree(self.telemetry.stop_requested.is_set()):
                 step = self.telemetry.progress.step
                 raise Interrupted(f"stopped while: {activity}; the training so far is saved", step)
             self.telemetry.update(activity=activity, fraction=start + (end - start) * done)
@@ -220,7 +233,7 @@ class _Run:
         report = EvaluationReport(
             split=self.final_split, rows=len(self.final), tuned=tuned, baseline=baseline, scores=scores, gate=gate
         )
-        write_file(self.workspace.report / EVALUATION_REPORT, report.to_json(indent=2))
+        self.world.from_main(lambda: write_file(self.workspace.report / EVALUATION_REPORT, report.to_json(indent=2)))
         best = self.checkpoints.best()
         train = TrainResult(
             steps=state.step,
@@ -235,7 +248,7 @@ class _Run:
             evaluation_loss=state.evaluation_loss,
             tokens_per_second=state.tokens / max(state.seconds, 1e-9),
             samples_per_second=state.rows / max(state.seconds, 1e-9),
-            peak_memory_bytes=self.device.peak_memory(),
+            peak_memory_bytes=max(self.world.gather(self.device.peak_memory())),
             split=self.final_split,
             baseline=baseline.name,
             scores=scores,
