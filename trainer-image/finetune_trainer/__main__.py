@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from finetune_trainer.environment import prepare_environment
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.failure import describe_failure, format_trace
-from finetune_trainer.launch import is_worker, launch, leave_end, processes, rank
+from finetune_trainer.launch import end_with_launcher, is_worker, launch, leave_end, processes, rank
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.logs import adopt_library_logs, start_logging
 from finetune_trainer.telemetry.telemetry import port_from_environment
@@ -50,6 +50,8 @@ EXIT_CODES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the stage and returns the exit code; every end, also a bad one, leaves a termination message."""
     stop_requested = threading.Event()
+    if is_worker():
+        end_with_launcher()
     _stop_on_signals(stop_requested)  # before all else: what has no handler does not reach process 1 of a container
     parser = argparse.ArgumentParser(prog="finetune-trainer", description="One stage of a FineTuneJob.")
     parser.add_argument("stage", choices=[stage.value for stage in Stage], help="the stage to run")

@@ -4,6 +4,7 @@ The processes are started by torchrun's launcher, one per GPU (or one, on CPU). 
 `End`; what the pod tells the cluster is the end of the one that is to blame. No torch is imported before `launch`.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -42,6 +43,9 @@ STOP_SECONDS = 100
 ENDS_VARIABLE = "FINETUNE_ENDS"
 """Folder where the processes of a node leave their ends."""
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl(2)."""
+
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
@@ -59,7 +63,7 @@ def processes(plan: Plan) -> int:
 
 def is_worker() -> bool:
     """Whether this process is one that `launch` has started."""
-    return ENDS_VARIABLE in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
@@ -70,6 +74,13 @@ def rank() -> int:
 def local_rank() -> int:
     """Number of this process on its node, and of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process when its launcher is gone: nobody else would."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:  # Linux
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_end(result: Result, code: int) -> None:

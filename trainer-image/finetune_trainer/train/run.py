@@ -52,7 +52,7 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
     all reports are written. Raises UserError and Interrupted.
     """
     device = choose_device(plan.device, plan.training.precision, local_rank())
-    with join(plan, device) as world:
+    with join(plan, device.torch_device) as world:
         result = _run(plan, telemetry, device, world)
         # the first process has written all by now; the others have nothing to add
         return result if world.is_main else result.model_copy(update={"train": None})
