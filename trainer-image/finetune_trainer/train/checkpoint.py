@@ -194,7 +194,11 @@ class Checkpoints:
         return RunState.model_validate_json((path / STATE).read_bytes())
 
     def save_best(self, model: torch.nn.Module, best: Best) -> None:
-        weights = {name: whole(weight) for name, weight in trainable_state(model).items()}
+        weights = {}
+        for name, weight in trainable_state(model).items():  # of a sharded model one is whole at a time
+            value = whole(weight)
+            if self._world.is_main:
+                weights[name] = value.to("cpu")
         self._world.from_main(lambda: self._save_best(weights, best))
 
     def _save_best(self, weights: dict[str, torch.Tensor], best: Best) -> None:

@@ -4,6 +4,7 @@ Zhao et al. 2023, https://arxiv.org/abs/2304.11277. The transformer's blocks are
 what is beside them (embeddings, last norm, output layer) is gathered with the model as a whole.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Shards(Replicas):
         for module in (*blocks, model):
             # resharded after every forward pass: else an evaluation would leave weights that a loaded checkpoint outdates
             fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes it in place
         for module in model.modules():
             if isinstance(module, FSDPModule):  # gradients are summed: the loss is already divided
                 module.set_gradient_divide_factor(1.0)
