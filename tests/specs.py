@@ -430,9 +430,10 @@ RULES = [
     Invalid("claim and access mode", {"workspace": {"claimName": "data", "accessMode": "ReadWriteMany"}},
             field="spec.workspace.claimName", words="leave them out with claimName"),
     *(
-        Invalid(f"several nodes on a volume of {mode}", {"resources.nodes": 2, "workspace.accessMode": mode},
+        Invalid(f"several nodes on a volume of {name}", {"resources.nodes": 2, "workspace": volume},
                 field="spec.workspace.accessMode", words="the pods of several nodes share the workspace; use accessMode ReadWriteMany")
-        for mode in (LEFT_OUT, "ReadWriteOnce", "ReadWriteOncePod")
+        for name, volume in {"the usual kind": {}, "one node": {"accessMode": "ReadWriteOnce"},
+                             "one pod": {"accessMode": "ReadWriteOncePod"}}.items()
     ),
     Invalid("Head of a generator", {"method.type": "Head"}, GENERATION, field="spec.method.type",
             words="Head is for task Classification; use LoRA or Full"),
