@@ -205,7 +205,7 @@ class FakeCluster:
             status["conditions"] = [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]
 
     def _end(self, stage: Stage, phase: str, end: Manifest, node: int) -> None:
-        pod = newest_of_each_node(self.pods[stage])[node]
+        pod = next(pod for pod in newest_of_each_node(self.pods[stage]) if index_of(pod) == node)
         pod["status"] = {**pod["status"], "phase": phase, "containerStatuses": [{"state": {"terminated": end}}]}
         if node == 0:
             self.progress = None

@@ -5,7 +5,6 @@ The status is the only record of what was done: a stage whose outcome stands the
 happens to its Job.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +26,7 @@ from finetune_operator.observed import (
     container_of,
     failures_of,
     format_time,
+    has_failed,
     index_of,
     is_running,
     newest_of_each_node,
@@ -158,6 +158,12 @@ def _has_ended(job: Manifest) -> bool:
     return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
 
 
+def _is_tried_again(job: Manifest, ended: Sequence[Manifest]) -> bool:
+    """Whether the Job has noticed that its pods have ended, one of them badly, and does not give up."""
+    still_active = (job.get("status") or {}).get("active")
+    return any(map(has_failed, ended)) and not still_active and condition_of(job, "FailureTarget") is None
+
+
 @dataclass(frozen=True)
 class _Walk:
     """One pass over the stages, from the first to the one that the job is in."""
@@ -257,8 +263,7 @@ class _Walk:
         absent = nodes_of(job) - len(newest)
         if running and not starting and not absent:
             return self._decision(change=change, requeue_after=self._report(stage, running[0]))
-        tries = max(Counter(map(index_of, pods)).values(), default=0)
-        if tries >= attempt and not starting and not absent and not self.spec.suspend:
+        if not starting and not absent and not _is_tried_again(job, newest) and not self.spec.suspend:
             # its Job has not judged yet how the last pod has ended
             self.draft.running(False, Reason.BETWEEN_STAGES, f"the {stage} pod has ended")
             return self._decision(change=change)

@@ -313,6 +313,8 @@ def test_monitors_keep_the_labels_of_the_jobs() -> None:
     (pod_endpoint,) = trainers["podMetricsEndpoints"]
     assert endpoint["honorLabels"] is pod_endpoint["honorLabels"] is True
     assert pod_endpoint["interval"] == "30s"
+    first = {"key": "batch.kubernetes.io/job-completion-index", "operator": "In", "values": ["0"]}
+    assert first in trainers["selector"]["matchExpressions"], "several nodes would tell the same series"
     assert trainers["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
     assert objects["ServiceMonitor", "ops/tuning"]["metadata"]["labels"]["release"] == "prometheus"
 

@@ -9,9 +9,17 @@ from finetune_api.progress import Outcome, Result
 from finetune_api.status import GateResult
 from finetune_operator.cluster import ForbiddenError, NameClashError, RejectedError, UnavailableError
 from finetune_operator.display import outcome
+from finetune_operator.observed import Manifest, index_of, nodes_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.fake_cluster import KEY, SPEC, TRAINED, FakeCluster, failure, success
 
@@ -73,6 +81,27 @@ async def test_the_phase_does_not_go_back_while_a_job_has_not_noticed_its_pods_e
         await cluster.settle()
         assert cluster.status.phase is Phase.PREPARING
         assert cluster.condition("Running") == ("False", "BetweenStages")
+
+
+@pytest.mark.parametrize(
+    "not_yet",
+    [{"active": 1}, {"conditions": [{"type": "FailureTarget", "status": "True"}]}],
+    ids=["unseen", "given up"],
+)
+async def test_nor_while_the_job_may_still_give_up(cluster: FakeCluster, not_yet: Manifest) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    cluster.crash(Stage.PREPARE, 1, final=False)
+    noticed = cluster.jobs[Stage.PREPARE]["status"]
+    cluster.jobs[Stage.PREPARE]["status"] = not_yet
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PREPARING
+    assert cluster.condition("Running") == ("False", "BetweenStages")
+    cluster.jobs[Stage.PREPARE]["status"] = noticed
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PENDING
+    assert cluster.status.message == "prepare is starting again (attempt 2)"
 
 
 async def test_every_phase_is_an_event_once(cluster: FakeCluster) -> None:
@@ -580,6 +609,7 @@ async def test_a_preempted_node_and_its_victims_cost_nothing(cluster: FakeCluste
     cluster.crash(TRAIN, 75, said=VICTIM, final=False)
     await cluster.settle()
     assert cluster.status.attempt == 1
+    assert (cluster.status.phase, cluster.status.message) == (Phase.QUEUED, "train is starting")
     assert not [event for event in cluster.events.values() if event.type == "Warning"]
 
 
@@ -697,21 +727,34 @@ class Life(RuleBasedStateMachine):
         active = [stage for stage, job in self.cluster.jobs.items() if not job["status"].get("conditions")]
         return active[0] if active else None
 
-    def _running(self) -> bool:
+    def _running(self) -> list[int]:
+        """The nodes of the current stage that have a running pod."""
+        pods = self.cluster.pods.get(self._current(), [])
+        return [index_of(pod) for pod in pods if pod["status"]["phase"] == "Running"]
+
+    def _nodes(self) -> int:
         stage = self._current()
-        return stage is not None and any(p["status"]["phase"] == "Running" for p in self.cluster.pods.get(stage, []))
+        return nodes_of(self.cluster.jobs[stage]) if stage else 0
+
+    @initialize(nodes=st.sampled_from([1, 2, 3]))
+    def user_submits(self, nodes: int) -> None:
+        self.cluster.edit(resources={"gpus": 1, "nodes": nodes}, workspace={"claimName": "team"})
+
+    @rule(seconds=st.sampled_from([1, 3000]))
+    def reconcile(self, seconds: float) -> None:
+        present = {index_of(pod) for pod in self.cluster.pods.get(self._current(), [])}
+        is_whole = self._running() and len(present) == self._nodes()
+        _run(self.cluster.turn(seconds))
+        if self._current() and (self.cluster.condition("Running") or ("False", ""))[0] == "True":
+            assert is_whole, "no node is missing"
 
     @rule()
-    def reconcile(self) -> None:
-        _run(self.cluster.turn())
-
-    @rule()
-    @precondition(lambda self: self._current() and not self._running())
+    @precondition(lambda self: len(self._running()) < self._nodes())
     def pod_starts(self) -> None:
         stage = self._current()
         assert stage is not None
         if not self.cluster.jobs[stage]["spec"].get("suspend"):
-            self.cluster.start(stage)
+            self.cluster.start(stage, min(set(range(self._nodes())) - set(self._running())))
 
     @rule(fraction=st.floats(0, 1))
     @precondition(lambda self: self._running())
@@ -721,10 +764,12 @@ class Life(RuleBasedStateMachine):
         self.cluster.say(stage, fraction=fraction, step=int(fraction * 66), total_steps=66)
 
     @rule()
-    @precondition(lambda self: self._running())
-    def pod_succeeds(self) -> None:
+    @precondition(lambda self: self._running() and len(self._running()) == self._nodes())
+    def pods_succeed(self) -> None:
         stage = self._current()
         assert stage is not None
+        for node in range(1, self._nodes()):
+            self.cluster.finish_pod(stage, Result(stage=stage, outcome=Outcome.SUCCEEDED), node)
         self.cluster.finish(stage, success(stage))
 
     @rule(code=st.sampled_from([1, 64, 75, 137]), final=st.booleans())
@@ -733,7 +778,7 @@ class Life(RuleBasedStateMachine):
         stage = self._current()
         assert stage is not None
         said = Result(stage=stage, outcome=Outcome.FAILED, reason=Reason.STAGE_FAILED, message="broken")
-        self.cluster.crash(stage, code, said=said, final=final)
+        self.cluster.crash(stage, code, said=said, final=final, node=self._running()[-1])
 
     @rule(suspend=st.booleans())
     def user_suspends(self, suspend: bool) -> None:
