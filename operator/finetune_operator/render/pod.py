@@ -42,7 +42,7 @@ def render_pod(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: 
         "imagePullPolicy": settings.trainer_pull_policy,
         "args": [stage.value, "--plan", plan_path],
         "ports": [{"name": "telemetry", "containerPort": TELEMETRY_PORT}],
-        "resources": _resources(spec, plan),
+        "resources": _resources(spec, stage, plan.device.gpus),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -88,16 +88,16 @@ def _meeting_point(resource: Resource, stage: Stage) -> list[Manifest]:
     ]
 
 
-def _resources(spec: FineTuneJobSpec, plan: Plan) -> Manifest:
+def _resources(spec: FineTuneJobSpec, stage: Stage, gpus: int) -> Manifest:
     """Requests and limits; GPUs are those of train's plan and nothing else, whatever the user's maps say."""
-    wanted, stage = spec.resources, plan.stage
+    wanted = spec.resources
     part = wanted if stage is Stage.TRAIN else wanted.prepare
     requests, limits = (
         {name: amount for name, amount in (named or {}).items() if name != wanted.gpu_resource}
         for named in ((part.requests, part.limits) if part else (None, None))
     )
-    if stage is Stage.TRAIN and plan.device.gpus:
-        limits[wanted.gpu_resource] = str(plan.device.gpus)  # the API server makes it the request too
+    if stage is Stage.TRAIN and gpus:
+        limits[wanted.gpu_resource] = str(gpus)  # the API server makes it the request too
     if stage is not Stage.TRAIN:  # a limit alone is a request as well
         requests = {name: amount for name, amount in CPU_STAGE_REQUESTS.items() if name not in limits} | requests
     return {key: named for key, named in (("requests", requests), ("limits", limits)) if named}
