@@ -202,7 +202,8 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
         learning_rate=decimal(training.learning_rate) or "",
         schedule=training.schedule,
         batch_size=batch,
-        micro_batch_tokens=training.micro_batch_tokens,
+        micro_batch_tokens=(found and found.micro_batch_tokens) or training.micro_batch_tokens,
+        batching=found.batching[:128] if found and found.batching else None,
         max_length=training.max_length,
         precision=precision[:16] if precision else None,
         device=_describe_device(plan.device, found.device if found else None),
@@ -317,6 +318,7 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         )
         if wanted.early_stopping
         else None,
+        compile=wanted.compile,
     )
     return _size(plan, resource, spec)
 
