@@ -250,7 +250,8 @@ class _Walk:
     def _stay(self, stage: Stage, job: Manifest) -> Decision:
         """The stage's Job is at work: says how far it is, or what it waits for."""
         pods = self.observed.pods.get(stage, ())
-        attempt = failures_of(job, pods) + 1
+        failures = failures_of(job, pods)
+        attempt = min(failures, job["spec"].get("backoffLimitPerIndex", failures)) + 1  # after the last one is no next
         self._note_failed_attempt(stage, pods, attempt)
         self.draft.set(attempt=attempt)
         if self.spec.suspend and self._is_queued(stage):

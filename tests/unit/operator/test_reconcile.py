@@ -602,6 +602,23 @@ async def test_nodes_that_crash_together_are_one_failed_attempt(cluster: FakeClu
     assert len([event for event in cluster.events.values() if event.type == "Warning"]) == 1
 
 
+async def test_the_last_attempt_is_the_last_one_also_before_the_job_says_so(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    for final in (False, True):
+        for node in (0, 1):
+            cluster.crash(TRAIN, 1, final=False, node=node)
+        await cluster.settle()
+        assert cluster.status.attempt == 2
+        if not final:
+            cluster.start(TRAIN)
+            cluster.start(TRAIN, node=1)
+            await cluster.settle()
+    cluster.jobs[TRAIN]["status"]["conditions"] = [{"type": "Failed", "status": "True"}]
+    await cluster.settle()
+    assert cluster.status.failure is not None and cluster.status.failure.message.endswith("(after 2 attempts)")
+    assert len([event for event in cluster.events.values() if "of train failed" in event.message]) == 1
+
+
 async def test_a_preempted_node_and_its_victims_cost_nothing(cluster: FakeCluster) -> None:
     await two_nodes_train(cluster)
     cluster.crash(TRAIN, 143, final=False, node=1)
