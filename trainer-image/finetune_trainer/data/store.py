@@ -3,7 +3,8 @@
     data/manifest.json
     data/<split>/00000.arrow ...
 
-One file holds at most `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long.
+One file holds about `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long. A
+preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,13 @@ class TokenizedRow(NamedTuple):
     loss_mask: Sequence[bool] | npt.NDArray[np.bool_] | None = None
     label: int | None = None
     truncated: bool = False
+    rejected: "TokenizedRow | None" = None
+    """The worse answer of a preference pair, whose better one this is."""
+
+    @property
+    def documents(self) -> "tuple[TokenizedRow, ...]":
+        """What the store holds of it, one behind the other: itself, and the worse answer if it is a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 class SplitWriter:
@@ -78,19 +86,23 @@ class SplitWriter:
         self._rows = self._tokens = self._supervised = self._truncated = 0
 
     def write(self, row: TokenizedRow) -> None:
-        ids = np.asarray(row.input_ids, np.int32)  # a list takes ten times as much
-        mask = None if row.loss_mask is None else np.asarray(row.loss_mask, np.bool_)
-        self._buffer.append(row._replace(input_ids=ids, loss_mask=mask))
+        for document in row.documents:
+            self._add(document)
         self._rows += 1
-        self._tokens += len(ids)
-        self._tokens_in_buffer += len(ids)
-        self._supervised += 1 if mask is None else int(np.count_nonzero(mask))
-        self._truncated += row.truncated
+        self._truncated += any(document.truncated for document in row.documents)
         shard_is_full = self._rows_in_shard + len(self._buffer) >= self._rows_per_shard
         if shard_is_full or len(self._buffer) >= ROWS_PER_BATCH or self._tokens_in_buffer >= TOKENS_PER_BATCH:
             self._flush()
         if shard_is_full:
             self._close_shard()
+
+    def _add(self, document: TokenizedRow) -> None:
+        ids = np.asarray(document.input_ids, np.int32)  # a list takes ten times as much
+        mask = None if document.loss_mask is None else np.asarray(document.loss_mask, np.bool_)
+        self._buffer.append(document._replace(input_ids=ids, loss_mask=mask))
+        self._tokens += len(ids)
+        self._tokens_in_buffer += len(ids)
+        self._supervised += 1 if mask is None else int(np.count_nonzero(mask))
 
     @property
     def manifest(self) -> SplitManifest:
