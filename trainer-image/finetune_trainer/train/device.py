@@ -23,6 +23,11 @@ class Device:
     name: str
     """For people: 'NVIDIA H100 80GB HBM3' or 'cpu'."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which matrices are multiplied."""
+        return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
+
     def autocast(self) -> AbstractContextManager[None]:
         """Computes in bf16 if that is the precision; weights that require grad stay fp32."""
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
@@ -64,13 +69,16 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
-    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too.
+    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too, and
+    quantised ones.
     """
     if precision is not Precision.BF16:
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
+        if not isinstance(module, torch.nn.Linear) or id(module.weight) in kept:
+            continue
         frozen = not any(weight.requires_grad for weight in module.parameters())
-        if isinstance(module, torch.nn.Linear) and frozen and id(module.weight) not in kept:
+        if frozen and module.weight.is_floating_point():
             module.to(torch.bfloat16)

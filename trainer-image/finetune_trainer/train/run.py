@@ -23,6 +23,7 @@ from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
+from finetune_trainer.model.quantize import choose_quantization
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping
 from finetune_trainer.train.batches import BatchPlan
@@ -116,7 +117,8 @@ class _Run:
             precision=self.device.precision.value,
             device=self.device.name,
         )
-        model = build_model(self.plan, self.workspace, self.manifest.labels)
+        quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
+        model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
         model.to(self.device.torch_device)
