@@ -23,11 +23,6 @@ class Device:
     name: str
     """For people: 'NVIDIA H100 80GB HBM3' or 'cpu'."""
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Type in which matrices are multiplied."""
-        return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
-
     def autocast(self) -> AbstractContextManager[None]:
         """Computes in bf16 if that is the precision; weights that require grad stay fp32."""
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
@@ -38,6 +33,11 @@ class Device:
             return int(torch.cuda.max_memory_allocated(self.torch_device))
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which matrices are multiplied."""
+        return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
 
 
 def choose_device(wanted: PlanDevice, precision: Precision | None) -> Device:
