@@ -171,7 +171,7 @@ class Columns(Document):
     instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
     input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
     output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")
-    chosen: Column | None = Field(None, description="Column with the better answer, a text or a list of {role, content} (Preference). Usual name: chosen.")
+    chosen: Column | None = Field(None, description="Column with the better answer (Preference): a text, a list of {role, content}, or a conversation that begins like the rejected one. Usual name: chosen.")
     rejected: Column | None = Field(None, description="Column with the worse answer (Preference). Usual name: rejected.")
 
 
