@@ -169,25 +169,37 @@ class _Batch(NamedTuple):
 
 
 class Rows:
-    """One split, memory-mapped. `lengths` is int32 [rows]: tokens per row."""
+    """One split, memory-mapped. A row is one document, or the two of a preference pair (`paired`)."""
 
-    def __init__(self, batches: list[_Batch]) -> None:
+    def __init__(self, batches: list[_Batch], paired: bool = False) -> None:
         self._batches = batches
         self._starts = np.cumsum([0] + [len(batch.offsets) - 1 for batch in batches])
+        self._per_row = 2 if paired else 1
         counts = [np.diff(batch.offsets) for batch in batches]
-        self.lengths: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *counts])
+        documents = np.concatenate([np.zeros(0, np.int32), *counts]).reshape(-1, self._per_row)
+        self.lengths: npt.NDArray[np.int32] = documents.sum(axis=1, dtype=np.int32)
+        """Tokens per row, int32 [rows]."""
+        self.padded_lengths: npt.NDArray[np.int32] = documents.max(axis=1, initial=0) * np.int32(self._per_row)
+        """Tokens per row if its documents are padded to the same length, int32 [rows]."""
+        self.reference: npt.NDArray[np.float32] | None = None
+        """What the start model thinks of each pair, see `train.preference`: [rows, 2]."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def input_ids(self, row: int) -> npt.NDArray[np.int64]:
+    def documents(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of the rows' documents; of a pair the better answer, then the worse one."""
+        found: npt.NDArray[np.int64] = (rows[:, None] * self._per_row + np.arange(self._per_row)).ravel()
+        return found
+
+    def input_ids(self, document: int) -> npt.NDArray[np.int64]:
         """Token ids, int64 [length]."""
-        batch, _, start, stop = self._find(row)
+        batch, _, start, stop = self._find(document)
         return batch.input_ids[start:stop].astype(np.int64)
 
-    def loss_mask(self, row: int) -> npt.NDArray[np.bool_]:
+    def loss_mask(self, document: int) -> npt.NDArray[np.bool_]:
         """True where the token is supervised, bool [length]. Generation only."""
-        batch, _, start, stop = self._find(row)
+        batch, _, start, stop = self._find(document)
         mask: npt.NDArray[np.bool_] = batch.loss_mask[start:stop].to_numpy(zero_copy_only=False)
         return mask.astype(np.bool_)
 
@@ -198,11 +210,11 @@ class Rows:
             raise TypeError("rows of task Generation have no labels")
         return int(batch.labels[index])
 
-    def _find(self, row: int) -> tuple[_Batch, int, int, int]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        batch, index = self._batches[number], row - int(self._starts[number])
+    def _find(self, document: int) -> tuple[_Batch, int, int, int]:
+        if not 0 <= document < self._starts[-1]:
+            raise IndexError(f"document {document} of {self._starts[-1]}")
+        number = int(np.searchsorted(self._starts, document, side="right")) - 1
+        batch, index = self._batches[number], document - int(self._starts[number])
         return batch, index, int(batch.offsets[index]), int(batch.offsets[index + 1])
 
 
@@ -217,8 +229,11 @@ def _map_batch(batch: Any) -> _Batch:
     )
 
 
-def open_split(data: Path, split: str) -> Rows:
-    """Maps data/<split>; raises StageError if it was never written or is damaged."""
+def open_split(data: Path, split: str, paired: bool = False) -> Rows:
+    """Maps data/<split>, which holds preference pairs if it is `paired`.
+
+    Raises StageError if it was never written or is damaged.
+    """
     folder = data / split
     if not folder.is_dir():
         raise StageError(Reason.STAGE_FAILED, f"the prepared data has no split '{split}'; run prepare again")
@@ -231,7 +246,7 @@ def open_split(data: Path, split: str) -> Rows:
             raise StageError(
                 Reason.STAGE_FAILED, f"the prepared data is damaged ({split}/{shard.name}); run prepare again"
             ) from error
-    return Rows(batches)
+    return Rows(batches, paired)
 
 
 def write_manifest(data: Path, manifest: DataManifest) -> None:

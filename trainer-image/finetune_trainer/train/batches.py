@@ -186,6 +186,15 @@ class MicroBatch:
     """Set if it is packed."""
     position_ids: torch.Tensor | None = None
     """int64 [1, t], from 0 in each document (packed)."""
+    document_targets: tuple[int, ...] = ()
+    """How many of the targets each document has (Generation)."""
+    reference: torch.Tensor | None = None
+    """Of preference pairs, `Rows.reference`: fp32 [rows, 2]. There is then one loss per pair."""
+
+    @property
+    def loss_count(self) -> int:
+        """How many losses it has: one per target, or per pair."""
+        return len(self.targets if self.reference is None else self.rows)
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
@@ -221,14 +230,17 @@ class Batching:
         """The rows of each micro-batch."""
         if self.packed:
             return packs(rows, data.lengths, self.micro_batch_tokens)
-        return padded_groups(rows, data.lengths, self.micro_batch_tokens, self.most_padding)
+        return padded_groups(rows, data.padded_lengths, self.micro_batch_tokens, self.most_padding)
 
     def read(self, data: Rows, rows: Indices) -> MicroBatch:
         """The micro-batch of these rows."""
-        documents = [data.input_ids(row) for row in rows.tolist()]
+        numbers = data.documents(rows).tolist()
+        documents = [data.input_ids(number) for number in numbers]
         if self.task is Task.GENERATION:
-            supervised = [data.loss_mask(row) for row in rows.tolist()]
-            return replace(arrange(documents, supervised, self.pad_token_id, self.packed), rows=rows)
+            supervised = [data.loss_mask(number) for number in numbers]
+            reference = None if data.reference is None else torch.from_numpy(data.reference[rows])
+            batch = arrange(documents, supervised, self.pad_token_id, self.packed)
+            return replace(batch, rows=rows, reference=reference)
         ids, inside = _pad(documents, self.pad_token_id)
         labels = np.array([data.label(row) for row in rows.tolist()], np.int64)
         return MicroBatch(
@@ -260,9 +272,11 @@ def arrange(
     before = np.flatnonzero(learned)
     targets = torch.from_numpy(tokens[before + 1])
     rows = np.arange(len(documents))
+    counts = tuple(int(np.count_nonzero(mask[1:])) for mask in supervised)
     if packed:
         return MicroBatch(
             rows=rows,
+            document_targets=counts,
             input_ids=torch.from_numpy(tokens).unsqueeze(0),
             targets=targets,
             tokens=len(tokens),
@@ -273,6 +287,7 @@ def arrange(
     ids, inside = _pad(documents, pad_token_id)
     return MicroBatch(
         rows=rows,
+        document_targets=counts,
         input_ids=torch.from_numpy(ids),
         targets=targets,
         tokens=len(tokens),
