@@ -9,20 +9,26 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.constants import Reason, Stage
+from finetune_api.plan import Plan
 from finetune_api.spec import Precision, Task
 from finetune_trainer.data.store import open_split
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.model import load, quantize
 from finetune_trainer.model.load import build_model, load_trainable_state, trainable_state
 from finetune_trainer.model.quantize import Nf4, choose_quantization
+from finetune_trainer.publish.run import run as publish
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import reporting
+from finetune_trainer.train import run as stage
 from finetune_trainer.train.device import cast_frozen
 from finetune_trainer.train.run import run
-from finetune_trainer.workspace import Workspace
-from safetensors.torch import save_file
+from finetune_trainer.workspace import Workspace, write_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.plans import make_plan
+from tests.unit.trainer.trained_workspace import data_report
 from tests.unit.trainer.training_workspace import GENERATION, LABELS, make_training
 
 CPU = torch.device("cpu")
@@ -107,6 +113,59 @@ def test_a_step_trains_the_adapters_and_they_fit_the_full_weights(
         exact = full.eval()(input_ids=ids).logits
         merged = full.merge_and_unload()(input_ids=ids).logits
         assert torch.allclose(exact, merged, atol=1e-4)
+
+
+@pytest.mark.parametrize("output", ["Adapter", "Merged"])
+def test_a_whole_run_goes_on_exactly_and_its_result_is_published_in_full_precision(
+    tmp_path: Path, bitsandbytes, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.setattr(stage, "choose_quantization", lambda _plan, device, compute: Nf4(device, compute))
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)  # for inference alone it repacks
+    monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
+    changes = {
+        **NF4,
+        **GENERATION,
+        "training": {"learning_rate": 1e-2, "checkpoint_steps": 5},
+        "output": {"format": output},
+    }
+    plans = [make_wide(tmp_path / name, "llama", **changes) for name in ("whole", "stopped")]
+    result = run(plans[0], Telemetry(Stage.TRAIN, plans[0].job, 0))
+    loss = result.train.scores[0]
+    assert float(loss.value) < float(loss.baseline) - 0.1
+    with pytest.raises(Interrupted):
+        run(plans[1], stop_after(plans[1], 7))
+    run(plans[1], Telemetry(Stage.TRAIN, plans[1].job, 0))
+    one, other = (load_file(Path(plan.workspace) / "checkpoints/best/weights.safetensors") for plan in plans)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    folder = tmp_path / "whole"
+    write_file(folder / "report" / "data.json", data_report().to_json())
+    publish(plans[0].model_copy(update={"stage": Stage.PUBLISH}), Telemetry(Stage.PUBLISH, plans[0].job, 0))
+    untuned = LlamaForCausalLM.from_pretrained(folder / "model")
+    ids = torch.from_numpy(open_split(folder / "data", "validation").input_ids(0))[None]
+    with torch.no_grad():
+        before = float(untuned.eval()(input_ids=ids, labels=ids).loss)
+    model = (
+        PeftModel.from_pretrained(untuned, folder / "artifacts")
+        if output == "Adapter"
+        else LlamaForCausalLM.from_pretrained(folder / "artifacts")
+    )
+    assert not getattr(model.config, "quantization_config", None)
+    with torch.no_grad():
+        assert float(model.eval()(input_ids=ids, labels=ids).loss) < before - 0.05
+
+
+def stop_after(plan: Plan, step: int) -> Telemetry:
+    """Telemetry that asks to stop when the step is reported."""
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    update = telemetry.update
+
+    def watch(**fields: Any) -> None:
+        update(**fields)
+        if fields.get("step") == step:
+            telemetry.stop_requested.set()
+
+    telemetry.update = watch
+    return telemetry
 
 
 def test_what_from_pretrained_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
