@@ -183,6 +183,8 @@ class Rows:
         """Tokens per row if its documents are padded to the same length, int32 [rows]."""
         self.reference: npt.NDArray[np.float32] | None = None
         """What the start model thinks of each pair, see `train.preference`: [rows, 2]."""
+        self.features: npt.NDArray[np.float32] | None = None
+        """What a frozen encoder says of each row, [rows, width], where it was computed before (method Head)."""
 
     def __len__(self) -> int:
         return len(self.lengths)

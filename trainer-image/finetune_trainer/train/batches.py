@@ -182,6 +182,8 @@ class MicroBatch:
     """int64 [b, t]: 1 for a token, 0 for padding; None if nothing is padded."""
     positions: torch.Tensor | None = None
     """The token before each target, counted through all b * t places: int64 [n] (Generation)."""
+    features: torch.Tensor | None = None
+    """What a frozen encoder says of each row, fp32 [b, width], where the head alone is run on that (Classification)."""
     documents: Documents | None = None
     """Set if it is packed."""
     position_ids: torch.Tensor | None = None
@@ -205,6 +207,7 @@ class MicroBatch:
             targets=_move(self.targets, device),
             attention_mask=self.attention_mask if self.attention_mask is None else _move(self.attention_mask, device),
             positions=self.positions if self.positions is None else _move(self.positions, device),
+            features=self.features if self.features is None else _move(self.features, device),
             documents=self.documents and replace(self.documents, device=device),
             position_ids=self.position_ids if self.position_ids is None else _move(self.position_ids, device),
         )
@@ -228,12 +231,22 @@ class Batching:
 
     def cut(self, data: Rows, rows: Indices) -> list[Indices]:
         """The rows of each micro-batch."""
+        if data.features is not None:  # a row is one vector, whatever its length
+            return np.array_split(rows, math.ceil(len(rows) / self.micro_batch_tokens))
         if self.packed:
             return packs(rows, data.lengths, self.micro_batch_tokens)
         return padded_groups(rows, data.padded_lengths, self.micro_batch_tokens, self.most_padding)
 
     def read(self, data: Rows, rows: Indices) -> MicroBatch:
         """The micro-batch of these rows."""
+        if data.features is not None:
+            return MicroBatch(
+                rows=rows,
+                input_ids=torch.zeros(len(rows), 1, dtype=torch.long),
+                targets=torch.from_numpy(_labels(data, rows)),
+                tokens=int(data.lengths[rows].sum()),
+                features=torch.from_numpy(data.features[rows]),
+            )
         numbers = data.documents(rows).tolist()
         documents = [data.input_ids(number) for number in numbers]
         if self.task is Task.GENERATION:
@@ -241,15 +254,7 @@ class Batching:
             reference = None if data.reference is None else torch.from_numpy(data.reference[rows])
             batch = arrange(documents, supervised, self.pad_token_id, self.packed)
             return replace(batch, rows=rows, reference=reference)
-        ids, inside = _pad(documents, self.pad_token_id)
-        labels = np.array([data.label(row) for row in rows.tolist()], np.int64)
-        return MicroBatch(
-            rows=rows,
-            input_ids=torch.from_numpy(ids),
-            targets=torch.from_numpy(labels),
-            tokens=int(inside.sum()),
-            attention_mask=_mask(inside),
-        )
+        return replace(padded(documents, _labels(data, rows), self.pad_token_id), rows=rows)
 
     def halve(self, longest: int) -> bool:
         """Makes micro-batches half as large; False if the `longest` row would then not fit any more."""
@@ -257,6 +262,18 @@ class Batching:
             return False
         self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
         return True
+
+
+def padded(texts: Sequence[npt.NDArray[np.int64]], labels: npt.NDArray[np.int64], pad_token_id: int) -> MicroBatch:
+    """A micro-batch of labelled texts."""
+    ids, inside = _pad(texts, pad_token_id)
+    return MicroBatch(
+        rows=np.arange(len(texts)),
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(labels),
+        tokens=int(inside.sum()),
+        attention_mask=_mask(inside),
+    )
 
 
 def arrange(
@@ -305,6 +322,10 @@ def _pad(
     ids = np.full(inside.shape, pad_token_id, np.int64)
     ids[inside] = np.concatenate(documents)
     return ids, inside
+
+
+def _labels(data: Rows, rows: Indices) -> npt.NDArray[np.int64]:
+    return np.array([data.label(row) for row in rows.tolist()], np.int64)
 
 
 def _mask(inside: npt.NDArray[np.bool_]) -> torch.Tensor | None:

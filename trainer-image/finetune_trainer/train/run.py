@@ -13,7 +13,7 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Result, TrainResult
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
-from finetune_api.spec import BatchSize, Metric, Task
+from finetune_api.spec import BatchSize, MethodType, Metric, Task
 from finetune_api.status import Score, decimal
 from pydantic import ValidationError
 
@@ -30,6 +30,7 @@ from finetune_trainer.train import early_stopping, preference
 from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.features import find_encoder
 from finetune_trainer.train.forward import Forward, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
@@ -138,6 +139,8 @@ class _Run:
             pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
             most_padding=self.device.most_padding,
         )
+        if self.plan.method is MethodType.HEAD:
+            forward = self._encode_once(forward, batching)
         trainable = _count(model)
         self.telemetry.update(trainable_parameters=trainable, batching=forward.batching)
         logger.info(
@@ -150,6 +153,16 @@ class _Run:
             forward.batching,
         )
         return forward, Evaluator(batching, self.manifest.labels, self.device, self.plan.dpo)
+
+    def _encode_once(self, forward: Forward, batching: Batching) -> Forward:
+        """The frozen encoder's features of all rows, and the way to run the head on them; if it can be run so."""
+        encoder = find_encoder(forward, self.device)
+        if encoder is None:
+            return forward
+        for data in {id(data): data for data in (self.train, self.validation, self.final)}.values():
+            on_batch = self._on_batch("Encoding the rows with the frozen encoder", 0.0, 0.0)
+            encoder.encode(data, batching, self.workspace.root, on_batch)
+        return encoder.forward
 
     def _train(self, forward: Forward, evaluator: Evaluator, newest: Path | None) -> RunState:
         model = forward.model
