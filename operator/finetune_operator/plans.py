@@ -319,6 +319,7 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         )
         if wanted.early_stopping
         else None,
+        compile=wanted.compile,
     )
     return _size(plan, resource, spec)
 

@@ -98,8 +98,8 @@ def by_the_paper(model: torch.nn.Module, start: torch.nn.Module, data: Rows, pai
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def batching(packed: bool, most_tokens: int) -> Batching:
-    return Batching(Task.GENERATION, packed, most_tokens, pad_token_id=0)
+def batching(packed: bool, most_tokens: int, in_buckets: bool = False) -> Batching:
+    return Batching(Task.GENERATION, packed, most_tokens, pad_token_id=0, in_buckets=in_buckets)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -123,13 +123,14 @@ def test_loss_and_gradients_are_those_of_the_paper_however_a_step_is_cut(tmp_pat
     expected.backward()
     gradients = trained(plain)
     size = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-    for forward in (packing, Forward(plain, Task.GENERATION)):
+    for forward, in_buckets in ((packing, False), (packing, True), (Forward(plain, Task.GENERATION), False)):
         for most_tokens, fewest in ((1, 16), (70, 3), (10_000, 1)):
             forward.model.zero_grad()
-            how = batching(forward.packs, most_tokens)
+            how = batching(forward.packs, most_tokens, in_buckets)
             micro = [how.read(data, group) for group in how.cut(data, np.arange(16))]
             assert len(micro) >= fewest
-            assert all(batch.input_ids.numel() <= most_tokens or len(batch.rows) == 1 for batch in micro)
+            sizes = [batch.tokens if forward.packs else batch.input_ids.numel() for batch in micro]
+            assert all(n <= most_tokens or len(batch.rows) == 1 for n, batch in zip(sizes, micro, strict=True))
             loss = accumulate_gradients(Preference(forward, BETA), micro, CPU, [0, 0])
             assert float(loss) / 16 == pytest.approx(float(expected.detach()), rel=1e-5)
             found = trained(forward.model)
