@@ -23,6 +23,7 @@ CLASSIFICATION: Manifest = {
     "dataset": {"sources": TEXTS},
 }
 GENERATION: Manifest = {"task": "Generation", "model": {"uri": "hf://owner/decoder"}, "dataset": {"sources": TEXTS}}
+PREFERENCE: Manifest = {**GENERATION, "method": {"dpo": {}}}
 
 
 def manifest(spec: Manifest, changes: Changes, name: str = "example") -> Manifest:
@@ -156,7 +157,7 @@ BOUNDS = [
     _too_many("dataset.sources", 32, TEXTS[0]),
     _choice("dataset.sources", _source(format="CSV"), "[0].format"),
     *(_too_long("dataset.sources", 128, _source(columns={column: "x" * 129}), f"[0].columns.{column}")
-      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output")),
+      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output", "chosen", "rejected")),
     _bound("dataset.sources", _source(columns={"label": ""}), "at least 1 chars long", "at least 1 character",
            place="[0].columns.label"),
     _bound("dataset.validation.sources", [], "should have at least 1 items", "should have at least 1 item"),
@@ -176,6 +177,8 @@ BOUNDS = [
     _bound("method.lora.targetModules", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("method.lora.targetModules", 64, "x"),
     _bound("method.lora.targetModules", [""], "at least 1 chars long", "at least 1 character", place="[0]"),
+    _choice("method.lora.quantization", "nf4"),
+    *_range("method.dpo.beta", 0, "greater than 0", 101, "less than or equal to 100"),
     *_range("method.trainable.lastLayers", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
     *_range("method.headFirst.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
     *_range("method.headFirst.steps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
@@ -207,10 +210,10 @@ BOUNDS = [
     *_range("evaluation.gate.minimum", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
     *_range("evaluation.gate.maximum", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
     *_range("evaluation.gate.minimumGain", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
-    *_range("resources.gpus", -1, "greater than or equal to 0", 2, "less than or equal to 1"),
+    *_range("resources.gpus", -1, "greater than or equal to 0", 17, "less than or equal to 16"),
     _pattern("resources.gpuResource", "nvidia.com/"),
     _too_long("resources.gpuResource", 317),
-    *_range("resources.nodes", 0, "greater than or equal to 1", 2, "less than or equal to 1"),
+    *_range("resources.nodes", 0, "greater than or equal to 1", 65, "less than or equal to 64"),
     _too_many_keys("resources.requests", 16, 1),
     _too_many_keys("resources.limits", 16, 1),
     _quantity("resources.requests.memory", "8GB"),
@@ -276,6 +279,7 @@ BOUNDS = [
     _bound("suspend", "yes", "must be of type boolean", "should be a valid boolean"),
     *_range("limits.activeDeadlineSeconds", 0, "greater than or equal to 1", 31536001, "less than or equal to"),
     *_range("limits.retries", -1, "greater than or equal to 0", 101, "less than or equal to 100"),
+    *_range("limits.stallSeconds", 59, "greater than or equal to 60", 86401, "less than or equal to 86400"),
     *_range("limits.ttlSecondsAfterFinished", -1, "greater than or equal to 0", 31536001, "less than or equal to"),
     _needs("task", "task", LEFT_OUT),
     _needs("model", "model", LEFT_OUT),
@@ -428,6 +432,12 @@ RULES = [
             field="spec.workspace.claimName", words="leave them out with claimName"),
     Invalid("claim and access mode", {"workspace": {"claimName": "data", "accessMode": "ReadWriteMany"}},
             field="spec.workspace.claimName", words="leave them out with claimName"),
+    *(
+        Invalid(f"several nodes on a volume of {name}", {"resources.nodes": 2, "workspace": volume},
+                field="spec.workspace.accessMode", words="the pods of several nodes share the workspace; use accessMode ReadWriteMany")
+        for name, volume in {"the usual kind": {}, "one node": {"accessMode": "ReadWriteOnce"},
+                             "one pod": {"accessMode": "ReadWriteOncePod"}}.items()
+    ),
     Invalid("Head of a generator", {"method.type": "Head"}, GENERATION, field="spec.method.type",
             words="Head is for task Classification; use LoRA or Full"),
     Invalid("labels of a generator", {"dataset.labels": ["a", "b"]}, GENERATION, field="spec.dataset.labels",
@@ -440,6 +450,30 @@ RULES = [
             field="spec.dataset.validation.sources", words="task Classification reads format LabelledText"),
     Invalid("test in another format", {"dataset.test.sources": _source(format="LabelledText")}, GENERATION,
             field="spec.dataset.test.sources", words="task Generation reads every format but this"),
+    Invalid("preferences of a classifier", {"method.dpo": {}}, field="spec.method.dpo", words="dpo is for task Generation"),
+    Invalid("preferences without dpo", {"dataset.sources": _source(format="Preference")}, GENERATION,
+            field="spec.dataset.sources", words="with method.dpo Preference, without it the rest"),
+    *(
+        Invalid(f"dpo of {kind}", {"dataset.validation.sources": _source(format=kind)}, PREFERENCE,
+                field="spec.dataset.validation.sources", words="with method.dpo Preference, without it the rest")
+        for kind in ("Messages", "PromptCompletion", "LabelledText")
+    ),
+    *(
+        Invalid(f"{metric} of dpo", {"evaluation.metrics": ["loss", metric]}, PREFERENCE,
+                field="spec.evaluation.metrics", words="with method.dpo loss, rewardAccuracy and rewardMargin")
+        for metric in ("perplexity", "accuracy", "macroF1")
+    ),
+    *(
+        Invalid(f"rewards without dpo: {spec['task']}", {"evaluation.metrics": ["rewardAccuracy"]}, spec,
+                field="spec.evaluation.metrics", words="with method.dpo loss, rewardAccuracy and rewardMargin")
+        for spec in (CLASSIFICATION, GENERATION)
+    ),
+    Invalid("gate on rewards without dpo", {"evaluation.gate": {"metric": "rewardMargin", "minimumGain": 1}}, GENERATION,
+            field="spec.evaluation.gate.metric", words="with method.dpo loss, rewardAccuracy and rewardMargin"),
+    Invalid("gate of dpo on perplexity", {"evaluation.gate": {"metric": "perplexity", "maximum": 9}}, PREFERENCE,
+            field="spec.evaluation.gate.metric", words="with method.dpo loss, rewardAccuracy and rewardMargin"),
+    Invalid("NF4 on CPU", {"method.lora": {"quantization": "NF4"}}, field="spec.method.lora.quantization",
+            words="NF4 needs a CUDA GPU"),
     Invalid("adapter of Full", {"method.type": "Full", "output.format": "Adapter"}, field="spec.output.format",
             words="only LoRA makes an adapter"),
     Invalid("adapter of Head", {"method.type": "Head", "output.format": "Adapter"}, field="spec.output.format",
@@ -471,18 +505,20 @@ EVERYTHING: Changes = {
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
     },
-    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]},
+    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"],
+                                        "quantization": "NF4"},
                "headFirst": {"epochs": 0.5, "learningRate": 0.002}},
     "training": {
         "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
         "maxLength": 128, "precision": "bf16", "seed": 7, "schedule": "Linear", "warmupRatio": 0, "weightDecay": 0,
         "maxGradNorm": 1, "checkpointSteps": 10, "evaluationSteps": 20,
         "earlyStopping": {"patience": 3, "minimumImprovement": 0.005},
+        "compile": True,
     },
     "evaluation": {"metrics": ["macroF1", "accuracy", "weightedF1", "loss"],
                    "gate": {"metric": "macroF1", "minimum": 0.8, "minimumGain": 0.1}},
     "resources": {
-        "gpus": 1, "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 1, "allowCpuFallback": True,
+        "gpus": 16, "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 64, "allowCpuFallback": True,
         "requests": {"cpu": "2", "memory": "8Gi", "example.com/nic": "1"}, "limits": {"cpu": "2000m", "memory": "8.5Gi"},
         "prepare": {"requests": {"memory": "1e9"}, "limits": {"memory": "1Gi", "ephemeral-storage": "0"}},
     },
@@ -509,7 +545,7 @@ EVERYTHING: Changes = {
     "workspace": {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany", "retain": True},
     "output": {"format": "Merged", "uri": "s3://bucket/models/here", "secretRef": {"name": "s3"}},
     "suspend": True,
-    "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "ttlSecondsAfterFinished": 0},
+    "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "stallSeconds": 60, "ttlSecondsAfterFinished": 0},
 }  # fmt: skip
 
 VALID = [
@@ -541,6 +577,12 @@ VALID = [
         "type": "Full", "trainable": {"lastLayers": 1}, "headFirst": {"steps": 9}}, "training.maxSteps": 10}),
     Valid("head first in steps of a run in epochs", {"method.headFirst": {"steps": 900}}),
     Valid("head first in epochs of a run in steps", {"method.headFirst": {"epochs": 3}, "training.maxSteps": 10}),
+    *(Valid(f"{kind} from preferences", {"method.type": kind}, PREFERENCE) for kind in ("LoRA", "Full")),
+    Valid("preferences", {"method.dpo.beta": 0.01, "dataset.sources": _source(format="Preference", columns={
+        "prompt": "question", "chosen": "better", "rejected": "worse"}), "evaluation": {
+        "metrics": ["rewardAccuracy", "rewardMargin", "loss"], "gate": {"metric": "rewardAccuracy", "minimum": 0.6}}}, PREFERENCE),
+    *(Valid(f"{variant} in NF4", {"method.lora": {"variant": variant, "quantization": "NF4"}, "resources.gpus": 1})
+      for variant in ("LoRA", "RsLoRA", "DoRA")),
     *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
@@ -555,6 +597,9 @@ VALID = [
     Valid("whole numbers for decimals", {"training": {"epochs": 3, "learningRate": 1, "weightDecay": 1}}),
     Valid("numbers for quantities", {"workspace.size": 1073741824, "resources.requests": {"cpu": 4}}),
     Valid("request at its limit", {"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "1024Mi"}}}),
+    Valid("several GPUs", {"resources.gpus": 8}),
+    Valid("several nodes on a volume for many", {"resources": {"gpus": 8, "nodes": 2}, "workspace.accessMode": "ReadWriteMany"}),
+    Valid("several nodes on an existing claim", {"resources.nodes": 64, "workspace.claimName": "team"}),
     Valid("existing claim", {"workspace": {"claimName": "data", "retain": True}}),
     Valid("empty blocks", {block: {} for block in ("method", "training", "evaluation", "resources", "scheduling",
                                                   "workspace", "output", "limits")}),
@@ -579,6 +624,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "method.lora": (LEFT_OUT, {}),
     "method.lora.rank": (8, 16),
     "method.lora.variant": (LEFT_OUT, "RsLoRA"),
+    "method.lora.quantization": (LEFT_OUT, "NF4"),
     "method.headFirst": (LEFT_OUT, {"epochs": 1}),
     "method.headFirst.epochs": (1, 2),
     "method.trainable.lastLayers": (1, 2),
@@ -587,12 +633,14 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "training.batchSize": (LEFT_OUT, {"sequences": 32}),
     "training.batchSize.sequences": (32, 16),
     "training.seed": (1, 2),
+    "training.compile": (False, True),
     "training.earlyStopping": (LEFT_OUT, {"patience": 2}),
     "training.earlyStopping.patience": (2, 3),
     "evaluation.metrics": (["loss", "accuracy"], ["accuracy", "loss"]),
     "evaluation.gate": (LEFT_OUT, {"metric": "loss", "maximum": 1}),
     "evaluation.gate.minimum": (LEFT_OUT, 0.9),
     "resources.gpus": (LEFT_OUT, 1),
+    "resources.nodes": (1, 2),
     "resources.requests": (LEFT_OUT, {}),
     "resources.requests.memory": ("1Gi", "2Gi"),
     "resources.limits": ({"cpu": 1}, {"cpu": 2}),
@@ -609,8 +657,10 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "output.format": (LEFT_OUT, "Adapter"),
 }
 _NEEDED: dict[str, Changes] = {
+    "method.lora.quantization": {"resources.gpus": 1},
     "method.trainable.lastLayers": {"method.type": "Full"},
     "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
+    "resources.nodes": {"workspace.claimName": "team"},
 }
 
 UPDATES = [
@@ -623,7 +673,7 @@ UPDATES = [
     ),
     Update("suspend", {}, {"suspend": True}),
     Update("resume", {"suspend": True}, {"suspend": False}),
-    Update("limits", {"limits": {"retries": 1, "activeDeadlineSeconds": 60}}, {"limits": {"retries": 9}}),
+    Update("limits", {"limits": {"retries": 1, "activeDeadlineSeconds": 60}}, {"limits": {"retries": 9, "stallSeconds": 600}}),
     Update("ttl added", {}, {"limits.ttlSecondsAfterFinished": 60}),
     Update("ttl removed", {"limits.ttlSecondsAfterFinished": 60}, {"limits": LEFT_OUT}),
     Update("labels and annotations", {}, {".metadata.labels": {"team": "a"}, ".metadata.annotations": {"why": "b"}}),

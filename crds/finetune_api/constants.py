@@ -75,6 +75,7 @@ class Reason(StrEnum):
     QUEUED = "Queued"
     POD_STARTING = "PodStarting"
     POD_RUNNING = "PodRunning"
+    TRAINING_STALLED = "TrainingStalled"  # it runs, but says nothing new: look at the log, suspend it to free its GPUs
     BETWEEN_STAGES = "BetweenStages"
     SUCCEEDED = "Succeeded"
     PASSED = "Passed"

@@ -103,7 +103,11 @@ def launch(plan: Plan, plan_path: Path, stop_requested: threading.Event, tell: C
     if stop_requested.is_set():
         raise Interrupted("stopped before the stage began")
     address, port = os.environ.get(MASTER_ADDRESS_VARIABLE, "127.0.0.1"), os.environ.get(MASTER_PORT_VARIABLE)
-    node, local, killed_before = int(os.environ.get(NODE_RANK_VARIABLE, "0")), max(1, plan.device.gpus), _out_of_memory()
+    node, local, killed_before = (
+        int(os.environ.get(NODE_RANK_VARIABLE, "0")),
+        max(1, plan.device.gpus),
+        _out_of_memory(),
+    )
     codes: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
         os.environ[ENDS_VARIABLE] = folder
@@ -136,9 +140,7 @@ def launch(plan: Plan, plan_path: Path, stop_requested: threading.Event, tell: C
     return judge(ends, codes, local, out_of_memory=_out_of_memory() > killed_before, on_gpus=plan.device.gpus > 0)
 
 
-def judge(
-    ends: Mapping[int, End], codes: Mapping[int, int], count: int, *, out_of_memory: bool, on_gpus: bool
-) -> End:
+def judge(ends: Mapping[int, End], codes: Mapping[int, int], count: int, *, out_of_memory: bool, on_gpus: bool) -> End:
     """The end of `count` processes as one, from what they left and their exit codes (negative: a signal).
 
     A mistake of the user's comes first, then a process that failed by itself, then one that was killed. Those that only

@@ -231,7 +231,9 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(trained: tuple[P
         assert nodes.wait() == [75, 75], nodes.logs()
     newest = tmp_path / "checkpoints" / steps(two)[-1]
     assert {path.name for path in newest.iterdir()} == {"shards", "training.pt", "state.json", "manifest.json"}
-    (shard := min((newest / "shards").glob("__1_*"))).write_bytes(shard.read_bytes()[:-1])  # costs the newest checkpoint
+    (shard := min((newest / "shards").glob("__1_*"))).write_bytes(
+        shard.read_bytes()[:-1]
+    )  # costs the newest checkpoint
     with pytest.raises(Interrupted, match="stopped after step 36"):
         train_alone(one, stop_at=36)
     with Nodes(two) as nodes:

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from finetune_api.plan import PlanDpo
 from finetune_api.report import Evaluation
 from finetune_api.spec import Task
 
 from finetune_trainer.data.store import Rows
-from finetune_trainer.evaluate.metrics import Integers, classification, generation
+from finetune_trainer.evaluate.metrics import classification, generation, preference
 from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward, cross_entropy
+from finetune_trainer.train.preference import Preference
 
 OnBatch = Callable[[float], None]
 """Called before every micro-batch with the share of the work that is done; may raise to stop."""
@@ -26,34 +30,33 @@ class Evaluator:
     batching: Batching
     labels: list[str] | None
     device: Device
+    dpo: PlanDpo | None = None
     world: World = ALONE
 
     def __call__(self, name: str, forward: Forward, data: Rows, on_batch: OnBatch) -> Evaluation:
         """Scores of the model on every row of `data`, in all processes the same. Leaves it in evaluation mode."""
         forward.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
-        predicted, true, targets = [], [], 0
-        groups = self.batching.cut(data, np.arange(len(data)))
-        share = self.world.share([int(data.lengths[rows].sum()) for rows in groups])
-        turns = len(share.numbers) + share.idle
+        predicted, true, margins, targets = [], [], [], 0
         with torch.no_grad(), self.device.autocast():
-            for turn, number in enumerate(share.numbers):
-                on_batch(turn / turns)
-                batch = self.batching.read(data, groups[number])
+            for batch, counts in self.batching.own_share(data, self.world, on_batch):
                 there = batch.to(self.device.torch_device)
+                if not counts:
+                    forward.losses(there)
+                    continue
                 if forward.task is Task.CLASSIFICATION:
                     logits = forward.logits(there)
                     loss += cross_entropy(logits, there.targets).sum()
                     predicted.append(logits.argmax(dim=-1))
                     true.append(batch.targets)
+                elif self.dpo is not None:
+                    margins.append(Preference(forward, self.dpo.beta).margins(there))
                 else:
                     loss += forward.losses(there).sum()
                 targets += len(batch.targets)
-            for turn in range(len(share.numbers), turns):
-                on_batch(turn / turns)
-                if self.world.is_sharded:  # the others need this process's part of the weights
-                    forward.losses(self.batching.read(data, groups[-1]).to(self.device.torch_device))
-        found = self.world.gather((float(loss), targets, _join(true), _join(predicted)))
+        found = self.world.gather((float(loss), targets, _join(true), _join(predicted), _join(margins)))
+        if self.dpo is not None:
+            return preference(name, np.concatenate([part[4] for part in found]).astype(np.float64))
         mean = sum(part[0] for part in found) / max(1, sum(part[1] for part in found))
         if forward.task is Task.GENERATION:
             return generation(name, mean)
@@ -61,5 +64,5 @@ class Evaluator:
         return classification(name, labelled, answered, mean, self.labels or [])
 
 
-def _join(parts: list[torch.Tensor]) -> Integers:
+def _join(parts: list[torch.Tensor]) -> npt.NDArray[Any]:
     return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.int64)

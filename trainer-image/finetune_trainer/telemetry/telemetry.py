@@ -44,7 +44,9 @@ METRICS = {
 
 
 class Telemetry:
-    """Holds the newest `Progress`, serves it while it is entered (unless `port` is None), and carries the request to stop.
+    """Holds the newest `Progress`, serves it while it is entered, and carries the request to stop.
+
+    Without a port it serves nothing.
 
     Nothing here can end a training: a port that is taken costs the endpoint and a warning, a hostile client its
     own connection.

@@ -4,8 +4,8 @@
     checkpoints/best/            weights.safetensors  best.json
 
 A step folder holds everything that the next step depends on. The manifest is written last. Where the weights are spread
-over several processes (`sharding`), the folder `shards` stands for weights.safetensors and the optimizer; either kind is
-gone on from by any number of processes.
+over several processes (`sharding`), the folder `shards` stands for weights.safetensors and the optimizer; any number of
+processes goes on from either kind.
 """
 
 import json
@@ -108,10 +108,11 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     The size of a micro-batch is none of them (the loss does not depend on it), nor is the device.
     """
     spec = plan.to_dict()
-    free = {"checkpointSteps", "microBatchTokens", "precision"}
+    free = {"checkpointSteps", "compile", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
     settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}
+    settings |= {f"method.dpo.{name}": value for name, value in spec.get("dpo", {}).items()}
     settings |= {
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],
@@ -135,7 +136,8 @@ class Checkpoints:
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
         """Saves the step, then drops all but the newest `KEEP`: a full disk costs no older checkpoint."""
-        world, training = self._world, {"rng": self._world.gather(_rng_states())}
+        world = self._world
+        training: dict[str, Any] = {"rng": world.gather(_rng_states())}
         with world.new_folder(self._path(state.step)) as folder:
             own: list[Path] = []
             if world.is_sharded:

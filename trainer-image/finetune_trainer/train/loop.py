@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,10 +28,18 @@ from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, Ru
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward
+from finetune_trainer.train.preference import Preference
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
 from finetune_trainer.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    def losses(self, batch: MicroBatch) -> torch.Tensor:
+        """Losses in nats, fp32 [batch.loss_count]."""
 
 
 @dataclass
@@ -61,6 +70,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.model = self.forward.model
+        dpo = self.plan.dpo
+        self._objective: Objective = Preference(self.forward, dpo.beta) if dpo else self.forward
         self._saved = self.state if self.state.step else None
         self._interval = self._new_interval()
         every, total = self.plan.training.evaluation_steps or self.batches.total_steps, self.batches.total_steps
@@ -127,7 +138,7 @@ class Loop:
         return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
     def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, list[int]]:
-        """The gradients of a step, the sum of its losses, and its numbers of targets, tokens and rows.
+        """The gradients of a step, the sum of its losses, and its numbers of losses, tokens and rows.
 
         If the GPU has too little memory, in smaller micro-batches: the sum is the same.
         """
@@ -137,7 +148,7 @@ class Loop:
             share = self.world.share([int(self.train.lengths[group].sum()) for group in groups])
             micro = [self.batching.read(self.train, groups[number]) for number in share.numbers]
             counts = self.world.total(
-                sum(len(batch.targets) for batch in micro),
+                sum(batch.loss_count for batch in micro),
                 sum(batch.tokens for batch in micro),
                 sum(len(batch.rows) for batch in micro),
             )
@@ -146,7 +157,9 @@ class Loop:
             # sharded weights are no leaves of the graph: there `sum_gradients` drops the gradients of the others
             leaves = None if self.world.is_sharded else only
             try:
-                loss = accumulate_gradients(self.forward, micro, self.device, seed, self._beat, only=leaves, part=part)
+                loss = accumulate_gradients(
+                    self._objective, micro, self.device, seed, self._beat, only=leaves, part=part
+                )
                 return self.world.sum_gradients(self._trained, only, loss), counts
             except torch.OutOfMemoryError:
                 if self.world.size > 1 or not self.batching.halve(int(self.train.lengths.max())):
@@ -290,14 +303,14 @@ class Part:
 
     numbers: Sequence[int]
     """The places of its micro-batches among all of the step."""
-    targets: int
-    """Of the whole step."""
+    count: int
+    """Losses of the whole step."""
     idle: Sequence[MicroBatch] = ()
     """For passes that count for nothing: the others, who still have work, need this process's part of the weights."""
 
 
 def accumulate_gradients(
-    forward: Forward,
+    objective: Objective,
     micro: list[MicroBatch],
     device: Device,
     seed: list[int],
@@ -306,26 +319,26 @@ def accumulate_gradients(
     only: list[torch.nn.Parameter] | None = None,
     part: Part | None = None,
 ) -> torch.Tensor:
-    """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
+    """Adds the gradients of the mean loss over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
     i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
     gradients. `part` says which part of the step these micro-batches are, if they are not all of it. The result is a
     float64 scalar on the device: nothing waits for it here.
     """
-    part = part or Part(range(len(micro)), sum(len(batch.targets) for batch in micro))
-    targets = max(1, part.targets)
+    part = part or Part(range(len(micro)), sum(batch.loss_count for batch in micro))
+    count = max(1, part.count)
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
     for number, batch in zip(part.numbers, micro, strict=True):
         beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
-            loss = forward.losses(batch.to(device.torch_device)).sum()
-        (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
+            loss = objective.losses(batch.to(device.torch_device)).sum()
+        (loss / count).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     for batch in part.idle:
         with device.autocast():
-            nothing = forward.losses(batch.to(device.torch_device))[:0].sum()
+            nothing = objective.losses(batch.to(device.torch_device))[:0].sum()
         nothing.backward()  # type: ignore[no-untyped-call]
     return total
 

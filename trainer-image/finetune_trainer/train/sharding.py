@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from finetune_api.constants import Reason
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -40,9 +43,9 @@ class Shards(Replicas):
 
     def place(self, model: torch.nn.Module, device: torch.device) -> None:
         """Spreads the model over the processes; only its blocks are ever whole on a device, one at a time."""
-        blocks = [block for name in block_lists(model) for block in model.get_submodule(name).children()]  # type: ignore[arg-type]
+        blocks = [block for name in block_lists(model) for block in model.get_submodule(name).children()]
         for module in (*blocks, model):
-            # resharded after every forward pass: else an evaluation would leave weights that a loaded checkpoint outdates
+            # also after a forward pass: an evaluation would leave whole weights, which a loaded checkpoint outdates
             fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes it in place
         for module in model.modules():
@@ -76,15 +79,15 @@ class Shards(Replicas):
 def save_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, world: World) -> list[Path]:
     """Each process writes its part of weights and moments; returns the files that are this one's."""
     state = {**_weights(model), **{_name(*key): value for key, value in _moments(optimizer).items()}}
-    writer = dcp.FileSystemWriter(folder / SHARDS)
-    _checked(lambda: dcp.save(state, storage_writer=writer, process_group=world.control))
+    writer = FileSystemWriter(folder / SHARDS)
+    _checked(lambda: save(state, storage_writer=writer, process_group=world.control))
     own = list((folder / SHARDS).glob(f"__{world.rank}_*"))
     return [*own, folder / SHARDS / ".metadata"] if world.is_main else own
 
 
 def load_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, world: World) -> None:
     """Reads what any number of processes has written; raises StageError if it is another model's."""
-    reader = dcp.FileSystemReader(folder / SHARDS)
+    reader = FileSystemReader(folder / SHARDS)
     stored = {
         name: entry.size
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -93,7 +96,8 @@ def load_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
     weights = _weights(model)
     if any(stored.get(name) != weight.shape for name, weight in weights.items()):
         raise StageError(
-            Reason.STAGE_FAILED, f"{folder.name} is from another model or method; delete the checkpoints and train again"
+            Reason.STAGE_FAILED,
+            f"{folder.name} is from another model or method; delete the checkpoints and train again",
         )
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for index, weight in enumerate(_trained(optimizer)):
@@ -106,7 +110,7 @@ def load_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
             }
     state = {**weights, **{_name(index, field): t for index, fields in moments.items() for field, t in fields.items()}}
     alone = world.size == 1
-    _checked(lambda: dcp.load(state, storage_reader=reader, process_group=world.control, no_dist=alone))
+    _checked(lambda: load(state, storage_reader=reader, process_group=world.control, no_dist=alone))
     _put_moments(optimizer, moments)
 
 
@@ -150,5 +154,5 @@ def _checked(work: Callable[[], Any]) -> None:
     """Runs a collective read or write; what failed in one process is raised in all as what it is."""
     try:
         work()
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         raise next(failure for failure, _ in error.failures.values()) from None
