@@ -22,6 +22,7 @@ from finetune_api.spec import Task
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.launch import End, judge
 from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import forward
 from finetune_trainer.train.distributed import deal
 from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
@@ -29,7 +30,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.unit.trainer.training_workspace import GENERATION, make_training, write_data
+from tests.models import save_tiny_gpt2
+from tests.unit.trainer.training_workspace import GENERATION, make_training, untie, write_data
 
 STEPS = 48
 TRAINING = {
@@ -189,8 +191,11 @@ def test_one_process_goes_on_with_what_two_have_saved(trained: tuple[Plan, Plan]
 
 
 @pytest.mark.long
-def test_two_processes_that_lose_one_or_are_stopped_go_on_exactly(trained: tuple[Plan, Plan], tmp_path: Path) -> None:
-    """SIGTERM to one node, then SIGKILL to a process of the other: bit for bit as without."""
+@pytest.mark.parametrize(("trained", "lost"), [("LoRA", "process"), ("Full", "pod")], indirect=["trained"])
+def test_two_processes_that_lose_one_or_are_stopped_go_on_exactly(
+    trained: tuple[Plan, Plan], lost: str, tmp_path: Path
+) -> None:
+    """SIGTERM to one node; then SIGKILL to a process of it, or to the other one as a whole: bit for bit as without."""
     _, whole = trained
     plan = make_training(tmp_path, **_changes(whole), **TWO)
     with Nodes(plan) as nodes:
@@ -202,9 +207,12 @@ def test_two_processes_that_lose_one_or_are_stopped_go_on_exactly(trained: tuple
     assert results[0].step is not None and steps(plan)[-1] == f"step-{results[0].step:08d}"
     with Nodes(plan) as nodes:
         nodes.wait_until(saved(plan, results[0].step + 9))
-        os.kill(nodes.worker(1), signal.SIGKILL)
-        assert nodes.wait() == [75, 75], nodes.logs()
-        assert nodes.result(0).reason is nodes.result(1).reason is Reason.INTERRUPTED
+        if lost == "process":
+            os.kill(nodes.worker(1), signal.SIGKILL)
+        else:
+            nodes.processes[0].kill()  # its launcher, with which the kernel ends its worker
+        assert nodes.wait() == ([75, 75] if lost == "process" else [-signal.SIGKILL, 75]), nodes.logs()
+        assert nodes.result(1).reason is Reason.INTERRUPTED
     with Nodes(plan) as nodes:
         assert nodes.wait() == [0, 0], nodes.logs()
     expected, found = best(whole), best(plan)
@@ -241,6 +249,64 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(trained: tuple[P
     assert curve(two) == pytest.approx(curve(whole), abs=TOLERANCE)
     for name, weight in best(whole).items():
         torch.testing.assert_close(best(two)[name], weight, rtol=0, atol=TOLERANCE)
+
+
+FULL = {"method": "Full", "lora": None}
+KINDS: dict[str, dict[str, Any]] = {
+    "Full": {**FULL, **GENERATION},
+    "Full with an output layer of its own": {**FULL, **GENERATION},
+    "Full of a GPT-2": {**FULL, **GENERATION},
+    "Full with clipped gradients": {**FULL, **GENERATION, "training": {"max_grad_norm": 0.05}},
+    "Full in one micro-batch": {**FULL, **GENERATION, "training": {"micro_batch_tokens": 10_000}},
+    "last layers in bf16": {**FULL, **GENERATION, "last_layers": 1, "training": {"precision": "bf16"}},
+    "last layers of a classifier": {**FULL, "last_layers": 1},
+    "head first, then all": {**FULL, "head_first": {"steps": 5, "learning_rate": 0.01}},
+    "head first, then LoRA": {"head_first": {"steps": 5, "learning_rate": 0.01}},
+    "Head": {"method": "Head", "lora": None},
+    "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
+    "LoRA in one micro-batch": {**GENERATION, "training": {"micro_batch_tokens": 10_000}},
+    "DPO": {
+        **{"task": "Generation", "dpo": {"beta": 0.1}, "training": {"micro_batch_tokens": 60}},
+        "evaluation": {"metrics": ["loss", "rewardAccuracy"]},
+    },
+}
+
+
+@pytest.mark.long
+def test_every_method_learns_in_two_processes_what_it_learns_in_one(tmp_path: Path, monkeypatch) -> None:
+    """Logits come in chunks of three targets, which the backward pass computes anew."""
+    plans: list[tuple[Plan, Plan]] = []
+    for number, (kind, settings) in enumerate(KINDS.items()):
+        training = {"checkpoint_steps": 6, "evaluation_steps": 1, "micro_batch_tokens": 30}
+        changes = {**settings, "training": {**training, **settings.get("training", {})}}
+        folders = [tmp_path / f"{number}-{name}" for name in ("one", "two")]
+        if "GPT-2" in kind:
+            for folder in folders:
+                save_tiny_gpt2(folder / "model")
+        plans.append((make_training(folders[0], **changes), make_training(folders[1], **changes, **TWO)))
+        if "its own" in kind:
+            for folder in folders:
+                untie(Workspace(folder))
+    for number, (_, two) in enumerate(plans):
+        (tmp_path / f"{number}.json").write_text(two.to_json())
+    logits = 4 * 320 * 3
+    monkeypatch.setattr(forward, "LOGITS_BYTES", logits)
+    environment = os.environ | {
+        **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORTS": " ".join(map(str, free_ports(len(plans))))},
+    }
+    paths = [str(tmp_path / f"{number}.json") for number in range(len(plans))]
+    command = [sys.executable, "-m", "tests.unit.trainer.run_plans", str(logits), *paths]
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.DEVNULL) for rank in range(2)
+    ]
+    for one, _ in plans:
+        train_alone(one)
+    assert [process.wait(timeout=150) for process in processes] == [0, 0]
+    for kind, (one, two) in zip(KINDS, plans, strict=True):
+        assert curve(two) == pytest.approx(curve(one), abs=TOLERANCE), kind
+        for name, weight in best(one).items():
+            torch.testing.assert_close(best(two)[name], weight, rtol=0, atol=TOLERANCE, msg=kind)
 
 
 def test_a_mistake_that_one_process_finds_is_final(tmp_path: Path) -> None:

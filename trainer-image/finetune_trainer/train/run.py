@@ -181,6 +181,9 @@ class _Run:
 
     def _train(self, forward: Forward, evaluator: Evaluator, newest: Path | None) -> RunState:
         model = forward.model
+        if (cut := len(evaluator.batching.cut(self.train, self.batches.rows(0)))) < self.world.size:
+            words = "only %d of %d processes have work in the first step: lower training.microBatchTokens (it is %d)"
+            logger.warning(words, cut, self.world.size, evaluator.batching.micro_batch_tokens)
         optimizer = make_optimizer(model, self.plan.training.weight_decay)
         state = RunState()
         if newest is not None:
