@@ -169,7 +169,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     yield one, two
 
 
-def test_two_processes_learn_what_one_learns(trained: tuple[Plan, Plan]) -> None:
+def test_two_processes_learn_what_one_learns(trained: tuple[Plan, Plan], tmp_path: Path) -> None:
+    """One test, so that `pytest -n` trains each of them once."""
     one, two = trained
     assert len(curve(one)) == 2 * STEPS
     assert curve(two) == pytest.approx(curve(one), abs=TOLERANCE)
@@ -178,9 +179,7 @@ def test_two_processes_learn_what_one_learns(trained: tuple[Plan, Plan]) -> None
     for name, weight in best(one).items():
         torch.testing.assert_close(best(two)[name], weight, rtol=0, atol=TOLERANCE)
 
-
-def test_one_process_goes_on_with_what_two_have_saved(trained: tuple[Plan, Plan], tmp_path: Path) -> None:
-    one, two = trained
+    # one process goes on with what two have saved
     shutil.copytree(Path(two.workspace) / "checkpoints", tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / steps(two)[-1])
     plan = make_training(tmp_path, **_changes(one))
