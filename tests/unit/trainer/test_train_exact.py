@@ -1,0 +1,236 @@
+"""A run that is killed, wherever it is, ends in the same weights bit for bit, with the same evidence."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.constants import ExitCode
+from finetune_api.plan import Plan
+from finetune_api.progress import Outcome, Result
+from safetensors.torch import load_file
+
+from tests.models import save_tiny_bloom
+from tests.unit.trainer.deaths import CALLS, DEATHS, LOG, TERMINATION, Death, attempt
+from tests.unit.trainer.training_workspace import GENERATION, make_training, tiny_model
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.unit.trainer.deaths"])
+
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"lora": {"variant": "RsLoRA"}},
+    "DoRA": {"lora": {"variant": "DoRA"}},
+    "Full": {"method": "Full", "lora": None},
+    "lastLayers": {"method": "Full", "lora": None, "last_layers": 1},
+    "Head": {"method": "Head", "lora": None},
+}
+MODELS = ("encoder", "packed decoder", "padded decoder")
+ROWS = {"train": 26, "validation": 9, "test": 7}
+QUICK = [0, 1, 2, 3, 4, 5]
+"""Seeds whose jobs and deaths together are of every kind, see `test_the_quick_seeds_are_of_every_kind`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    model: str
+    method: str
+    changes: dict[str, Any]
+
+    @property
+    def kinds(self) -> set[str]:
+        """What there is of it, by names."""
+        training = self.changes["training"]
+        named = {name for name in ("batch_sequences", "batch_tokens", "early_stopping") if training[name]}
+        return {self.model, self.method, training["precision"], *named} | self.changes.keys() & {"head_first"}
+
+    def make(self, folder: Path) -> Plan:
+        """The job in a workspace of its own, with dropout in the model and in the adapters."""
+        folder.mkdir()
+        if self.model == "padded decoder":
+            save_tiny_bloom(folder / "model")
+        plan = make_training(folder, ROWS, **self.changes)
+        if self.model == "packed decoder":
+            config = folder / "model" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+        (folder / "plan.json").write_text(plan.to_json())
+        return plan
+
+
+def draw_job(chance: random.Random) -> Job:
+    model = chance.choice(MODELS)
+    method = chance.choice([name for name in METHODS if name != "Head" or model == "encoder"])
+    by_tokens = chance.random() < 0.5
+    training = {
+        "seed": chance.randrange(1000),
+        "epochs": chance.choice([1.5, 2.0]),
+        "batch_sequences": None if by_tokens else chance.randint(3, 7),
+        "batch_tokens": chance.randint(50, 100) if by_tokens else None,
+        "micro_batch_tokens": chance.randint(20, 60),
+        "precision": chance.choice(["fp32", "fp32", "bf16"]),
+        "schedule": chance.choice(["Cosine", "Linear", "Constant"]),
+        "checkpoint_steps": chance.choice([None, 1, 2, 3, 4, 5]),
+        "evaluation_steps": chance.choice([1, 2, 3, 4, 5]),
+        "early_stopping": {"patience": chance.randint(1, 3), "minimum_improvement": chance.choice([0.0, 1.0])}
+        if chance.random() < 0.4
+        else None,
+    }
+    changes = {"training": training, **METHODS[method], **({} if model == "encoder" else GENERATION)}
+    if model == "encoder" and method != "Head" and chance.random() < 0.5:
+        changes["head_first"] = {"epochs": chance.choice([0.5, 1.0]), "learning_rate": 0.01}
+    return Job(model, method, changes)
+
+
+def draw_deaths(chance: random.Random, calls: dict[str, int], attempts: int) -> tuple[Death, ...]:
+    """One of a kill, a SIGTERM, and a SIGTERM whose grace period is over too soon."""
+    # the first attempt surely comes to its place; the more there were, the more of the run is behind it
+    places = [place for place, count in calls.items() if count]
+    place = chance.choice(places)
+    after = chance.random() < 0.5
+    sign = chance.choice([signal.SIGKILL, signal.SIGTERM])
+    deaths = [Death(sign, place, chance.randint(1, max(1, calls[place] // (2 + attempts))), after)]
+    if sign is signal.SIGTERM and chance.random() < 0.5:
+        saving = ("a checkpoint", "weights to a file", "hash of a file", "fsync", "rename", "rmtree", "optimizer")
+        deaths.append(Death(signal.SIGKILL, chance.choice(saving), chance.randint(1, 4), chance.random() < 0.5))
+    return tuple(deaths)
+
+
+def run_to_its_end(folder: Path, deaths: tuple[Death, ...] = (), after: float = 60, then: int = signal.SIGKILL) -> int:
+    """One attempt of the job in `folder`; after so many seconds it gets the signal `then`. Returns its exit code."""
+    process = PROCESSES.Process(target=attempt, args=(folder, deaths))
+    process.start()
+    process.join(after)
+    if process.exitcode is None:
+        os.kill(process.pid, then)
+        process.join(60)
+    assert process.exitcode is not None, "SIGTERM ended nothing"
+    return process.exitcode
+
+
+class Campaign:
+    """A job and the same job that dies again and again, in two workspaces."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.job = draw_job(self.chance)
+        self.whole, self.dying = folder / "whole", folder / "dying"
+        for workspace in (self.whole, self.dying):
+            self.job.make(workspace)
+        self.deaths: list[str] = []
+        """Of the second one: signal, and what the stage was at."""
+
+    def run(self) -> None:
+        started = time.monotonic()
+        assert run_to_its_end(self.whole) == 0, log_of(self.whole)
+        seconds = time.monotonic() - started
+        calls = json.loads((self.whole / CALLS).read_text())
+        for number in range(self.chance.randint(4, 7)):
+            if self._attempt(number, calls, seconds):
+                break
+        else:
+            assert run_to_its_end(self.dying) == 0, log_of(self.dying)
+        planned = self.dying / DEATHS
+        self.deaths += planned.read_text().splitlines() if planned.exists() else []
+
+    def _attempt(self, number: int, calls: dict[str, int], seconds: float) -> bool:
+        """Whether it came to its end."""
+        safe = newest_step(self.dying)
+        (self.dying / TERMINATION).unlink(missing_ok=True)
+        if number and self.chance.random() < 0.3:
+            sign = self.chance.choice([signal.SIGKILL, signal.SIGTERM])
+            code = run_to_its_end(self.dying, (), self.chance.uniform(0, seconds), sign)
+            if code:
+                self.deaths.append(f"{sign.name} at a random moment")
+        else:
+            code = run_to_its_end(self.dying, draw_deaths(self.chance, calls, number))
+        # SIGTERM before the stage has a handler for it ends the process at once
+        assert code in (0, ExitCode.TRY_AGAIN, -signal.SIGKILL, -signal.SIGTERM), log_of(self.dying)
+        if code == ExitCode.TRY_AGAIN:
+            told = Result.model_validate_json((self.dying / TERMINATION).read_bytes())
+            assert told.outcome is Outcome.INTERRUPTED
+            assert not told.step or told.step == newest_step(self.dying), "the step that was told is safe"
+        assert newest_step(self.dying) >= safe, "no death costs a checkpoint"
+        return code == 0
+
+    def check(self) -> None:
+        """Everything that the job left is the same, but for how long it took."""
+        assert newest_step(self.whole) == newest_step(self.dying) > 0
+        for name in (f"step-{newest_step(self.whole):08d}", "best"):
+            whole, dying = (workspace / "checkpoints" / name for workspace in (self.whole, self.dying))
+            assert same(load_file(whole / "weights.safetensors"), load_file(dying / "weights.safetensors"))
+            for file in ("state.json", "best.json"):
+                if (whole / file).exists():
+                    assert without_speed(whole / file) == without_speed(dying / file)
+        optimizers = [
+            torch.load(newest / "training.pt", weights_only=True)["optimizer"]
+            for newest in (max((workspace / "checkpoints").glob("step-*")) for workspace in (self.whole, self.dying))
+        ]
+        assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
+        assert all(same(state, optimizers[1]["state"][key]) for key, state in optimizers[0]["state"].items())
+        assert without_speed(self.whole / "report/training.jsonl") == without_speed(self.dying / "report/training.jsonl")
+        evaluations = [(workspace / "report/evaluation.json").read_bytes() for workspace in (self.whole, self.dying)]
+        assert evaluations[0] == evaluations[1]
+        results = [Result.model_validate_json((w / TERMINATION).read_bytes()) for w in (self.whole, self.dying)]
+        steady = {"train": {"tokens_per_second", "samples_per_second", "peak_memory_bytes"}}
+        assert results[0].model_dump(exclude=steady) == results[1].model_dump(exclude=steady)
+        left = [path.name for folder in ("checkpoints", "report") for path in (self.dying / folder).glob(".*")]
+        assert not left, "what a death left halves of is cleaned up"
+
+
+def log_of(workspace: Path) -> str:
+    return (workspace / LOG).read_text()[-3000:]
+
+
+def newest_step(workspace: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in (workspace / "checkpoints").glob("step-*")), default=0)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_speed(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file."""
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("seconds", "tokensPerSecond")}
+        for line in path.read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For the fork server, which starts with the first test: OpenMP's threads do not survive a fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def check_seed(folder: Path, seed: int) -> None:
+    campaign = Campaign(folder, seed)
+    started = time.monotonic()
+    campaign.run()
+    seconds = time.monotonic() - started
+    print(f"\nseed {seed}, {seconds:.1f} s, {', '.join(sorted(campaign.job.kinds))}", *campaign.deaths, sep="\n  death: ")
+    assert campaign.deaths
+    campaign.check()
+
+
+@pytest.mark.parametrize("seed", QUICK)
+def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(tmp_path: Path, seed: int) -> None:
+    check_seed(tmp_path, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_any_run_that_dies_again_and_again_ends_in_the_same_weights(
+    tmp_path: Path, seed: int
+) -> None:
+    check_seed(tmp_path, seed)
