@@ -13,14 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.constants import ExitCode
+from finetune_api.constants import ExitCode, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Result
+from finetune_trainer.errors import Interrupted
+from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.train import loop, reporting
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.forward import Forward
+from finetune_trainer.train.run import run
 from safetensors.torch import load_file
 
 from tests.models import save_tiny_bloom
 from tests.unit.trainer.deaths import CALLS, DEATHS, LOG, TERMINATION, Death, attempt
-from tests.unit.trainer.training_workspace import GENERATION, make_training, tiny_model
+from tests.unit.trainer.training_workspace import GENERATION, make_training
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.unit.trainer.deaths"])
@@ -161,28 +167,26 @@ class Campaign:
         return code == 0
 
     def check(self) -> None:
-        """Everything that the job left is the same, but for how long it took."""
-        assert newest_step(self.whole) == newest_step(self.dying) > 0
-        for name in (f"step-{newest_step(self.whole):08d}", "best"):
-            whole, dying = (workspace / "checkpoints" / name for workspace in (self.whole, self.dying))
-            assert same(load_file(whole / "weights.safetensors"), load_file(dying / "weights.safetensors"))
-            for file in ("state.json", "best.json"):
-                if (whole / file).exists():
-                    assert without_speed(whole / file) == without_speed(dying / file)
-        optimizers = [
-            torch.load(newest / "training.pt", weights_only=True)["optimizer"]
-            for newest in (max((workspace / "checkpoints").glob("step-*")) for workspace in (self.whole, self.dying))
-        ]
-        assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
-        assert all(same(state, optimizers[1]["state"][key]) for key, state in optimizers[0]["state"].items())
-        assert without_speed(self.whole / "report/training.jsonl") == without_speed(self.dying / "report/training.jsonl")
-        evaluations = [(workspace / "report/evaluation.json").read_bytes() for workspace in (self.whole, self.dying)]
-        assert evaluations[0] == evaluations[1]
+        assert_same_training(self.whole, self.dying)
         results = [Result.model_validate_json((w / TERMINATION).read_bytes()) for w in (self.whole, self.dying)]
         steady = {"train": {"tokens_per_second", "samples_per_second", "peak_memory_bytes"}}
         assert results[0].model_dump(exclude=steady) == results[1].model_dump(exclude=steady)
         left = [path.name for folder in ("checkpoints", "report") for path in (self.dying / folder).glob(".*")]
         assert not left, "what a death left halves of is cleaned up"
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Weights, optimizer, state, log and evidence in two workspaces are equal, but for how long it took."""
+    assert newest_step(one) == newest_step(other) > 0
+    newest = f"checkpoints/step-{newest_step(one):08d}"
+    for folder in (newest, "checkpoints/best"):
+        assert same(*(load_file(workspace / folder / "weights.safetensors") for workspace in (one, other)))
+    states = [torch.load(w / newest / "training.pt", weights_only=True)["optimizer"] for w in (one, other)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert all(same(state, states[1]["state"][key]) for key, state in states[0]["state"].items())
+    for file in (f"{newest}/state.json", "checkpoints/best/best.json", "report/training.jsonl"):
+        assert without_speed(one / file) == without_speed(other / file)
+    assert (one / "report/evaluation.json").read_bytes() == (other / "report/evaluation.json").read_bytes()
 
 
 def log_of(workspace: Path) -> str:
@@ -218,7 +222,9 @@ def check_seed(folder: Path, seed: int) -> None:
     started = time.monotonic()
     campaign.run()
     seconds = time.monotonic() - started
-    print(f"\nseed {seed}, {seconds:.1f} s, {', '.join(sorted(campaign.job.kinds))}", *campaign.deaths, sep="\n  death: ")
+    print(
+        f"\nseed {seed}, {seconds:.1f} s, {', '.join(sorted(campaign.job.kinds))}", *campaign.deaths, sep="\n  death: "
+    )
     assert campaign.deaths
     campaign.check()
 
@@ -230,7 +236,121 @@ def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(tmp_path: Path
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 160))
-def test_any_run_that_dies_again_and_again_ends_in_the_same_weights(
-    tmp_path: Path, seed: int
-) -> None:
+def test_any_run_that_dies_again_and_again_ends_in_the_same_weights(tmp_path: Path, seed: int) -> None:
     check_seed(tmp_path, seed)
+
+
+SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 30}}
+"""44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
+
+
+def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
+    return run(plan, telemetry or Telemetry(Stage.TRAIN, plan.job, 0))
+
+
+def stop_after(plan: Plan, step: int) -> Telemetry:
+    """Telemetry that asks to stop when the step is reported."""
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    update = telemetry.update
+
+    def watch(**fields: Any) -> None:
+        update(**fields)
+        if fields.get("step") == step:
+            telemetry.stop_requested.set()
+
+    telemetry.update = watch
+    return telemetry
+
+
+@pytest.fixture(autouse=True)
+def report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module", params=[{}, GENERATION], ids=["classification", "generation"])
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Result, dict[str, Any]]:
+    """A job that was run in one go: its workspace and result, and how to make the same job elsewhere."""
+    changes = {**SAVES, **request.param}
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "REPORT_SECONDS", 0.0)
+        return folder, train(make_training(folder, **changes)), changes
+
+
+def test_a_stop_does_not_wait_for_the_end_of_a_step(whole, tmp_path: Path, monkeypatch) -> None:
+    """SIGTERM arrives while step 6 has half of its gradients: they are dropped, and the run goes on exactly."""
+    plan = make_training(tmp_path, **whole[2])
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    original, save = Forward.losses, Checkpoints.save
+    gradients_at_save: list[int] = []
+    inside = 0
+
+    def losses(self, batch):
+        nonlocal inside
+        if torch.is_grad_enabled() and telemetry.progress.step == 5:
+            inside += 1
+            telemetry.stop_requested.set()
+        return original(self, batch)
+
+    def note(self, model, optimizer, state):
+        gradients_at_save.append(sum(weight.grad is not None for weight in model.parameters()))
+        save(self, model, optimizer, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "losses", losses)
+        patch.setattr(Checkpoints, "save", note)
+        with pytest.raises(Interrupted, match="stopped after step 5 of 12, which is saved") as interrupted:
+            train(plan, telemetry)
+    assert (interrupted.value.step, inside) == (5, 1)
+    assert gradients_at_save == [0, 0]
+    train(plan)
+    assert_same_training(whole[0], tmp_path)
+
+
+@pytest.mark.parametrize("broken", [None, "training.pt", "manifest.json"])
+def test_what_a_death_left_costs_steps_and_no_bit(whole, tmp_path: Path, broken: str | None) -> None:
+    """It came in the evaluation after step 8, which is saved; a later one broke the checkpoint, and lines of the log."""
+    plan = make_training(tmp_path, **whole[2])
+    with pytest.raises(Interrupted):
+        train(plan, stop_after(plan, 8))
+    if broken:
+        (tmp_path / "checkpoints" / "step-00000008" / broken).write_bytes(b"broken")
+    with (tmp_path / "report" / "training.jsonl").open("a") as log:
+        log.write('{"step": 8, "evaluation": {"loss": 1.0}, "best": true}\n{"step": 9, "trai')
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    train(plan, telemetry)
+    assert telemetry.progress.resumed_from_step == (6 if broken else 8)
+    assert_same_training(whole[0], tmp_path)
+    steps = [line["step"] for line in without_speed(tmp_path / "report/training.jsonl") if "trainingLoss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_a_finished_run_gives_its_result_again_without_training(whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, result, changes = whole
+    monkeypatch.setattr(loop.Loop, "run", lambda _: pytest.fail("it trains"))
+    assert train(make_training(folder, **changes)) == result
+
+
+def test_a_finished_training_without_its_result_is_evaluated_only(whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, result, changes = whole
+    report = folder / "report" / "evaluation.json"
+    before = report.read_bytes()
+    report.unlink()
+    (folder / "checkpoints" / "result.json").unlink()
+    monkeypatch.setattr(loop.Loop, "_step", lambda _: pytest.fail("it trains"))
+    again = train(make_training(folder, **changes))
+    assert report.read_bytes() == before
+    assert again.model_copy(update={"train": None}) == result.model_copy(update={"train": None})
+    assert again.train.scores == result.train.scores
+    assert again.train.training_loss == result.train.training_loss
+
+
+def test_a_best_that_is_gone_is_made_again(whole, tmp_path: Path) -> None:
+    plan = make_training(tmp_path, **whole[2])
+    train(plan)
+    shutil.rmtree(tmp_path / "checkpoints" / "best")
+    again = train(plan)
+    assert again.train.best_step == 12
+    assert again.train.training_loss == whole[1].train.training_loss
