@@ -3,6 +3,7 @@
 Imported by the fork server of test_train_exact.py, so that no attempt has to import torch.
 """
 
+import faulthandler
 import json
 import os
 import shutil
@@ -63,6 +64,9 @@ PHASES = {
 
 tqdm.tqdm.set_lock(threading.RLock())  # its usual one is a semaphore that outlives a kill
 
+SECONDS = 200
+"""After which an attempt hangs: it says where, and fails."""
+
 DEATHS, CALLS, TERMINATION, LOG = "deaths.txt", "calls.json", "termination.json", "log.txt"
 
 
@@ -81,6 +85,7 @@ def attempt(folder: Path, deaths: tuple[Death, ...]) -> None:
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=log)
     os.environ |= {"FINETUNE_TELEMETRY_PORT": "0", "FINETUNE_TERMINATION_LOG": str(folder / TERMINATION)}
     reporting.REPORT_SECONDS = 0.0
     np.random.seed(None)  # another process has other random states
