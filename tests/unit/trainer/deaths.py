@@ -56,7 +56,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 """Functions that the stage calls, by the names of these tests."""
 
 PHASES = {
-    "save": "saving", "save_best": "saving", "accumulate_gradients": "accumulation", "_step": "step",
+    "save": "saving", "save_best": "saving", "_accumulate": "accumulation", "_step": "step",
     "_evaluate": "evaluation", "_untuned_baseline": "evaluation", "newest": "resuming", "load": "resuming",
     "rewind": "resuming", "_prepare_model": "loading", "result": "ending", "run": "ending",
 }  # fmt: skip

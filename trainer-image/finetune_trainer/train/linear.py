@@ -95,7 +95,7 @@ class _Product(torch.autograd.Function):
         return _times_transposed(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would be wrong: say so
+    @once_differentiable  # a second derivative would be wrong: say so
     def backward(ctx: Any, *gradients: torch.Tensor) -> Tensors:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -126,7 +126,7 @@ class _LoraProduct(torch.autograd.Function):
         return _times_transposed(x, weight, bias).addmm_(low, up.t(), alpha=scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would be wrong: say so
+    @once_differentiable  # a second derivative would be wrong: say so
     def backward(ctx: Any, *gradients: torch.Tensor) -> Tensors:
         (gradient,), (dropped, weight, down, up, low) = gradients, ctx.saved_tensors
         of_low = torch.mm(gradient, up).mul_(ctx.scale)
