@@ -85,7 +85,7 @@ class ModelStatus(Document):
 class ResolvedStatus(Document):
     """Every setting that was left to us, and what was chosen."""
 
-    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32', 'DoRA r=16 alpha=32' or 'Full lastLayers=2'.")
+    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32', 'DoRA r=16 alpha=32 NF4', 'Full lastLayers=2' or 'Full, DPO beta=0.1'.")
     head_first: str | None = Field(None, max_length=64, description="Training of the head alone before the rest, for example '1 epochs, learning rate 0.001'.")
     epochs: Decimal | None = Field(None, description="Epochs; unset if maxSteps decides.")
     max_steps: int | None = Field(None, description="Optimizer steps, if they decide.")
@@ -93,7 +93,7 @@ class ResolvedStatus(Document):
     schedule: str = Field(max_length=32, description="Shape of the learning rate.")
     batch_size: str = Field(max_length=64, description="Size of an optimizer step, for example '32 sequences'.")
     micro_batch_tokens: int | None = Field(None, description="Most tokens in one forward pass; less than at first if the GPU ran out of memory.")
-    batching: str | None = Field(None, max_length=128, description="How rows lie in a forward pass: 'packed' (side by side, without padding), or 'padded' and why; known when training has begun.")
+    batching: str | None = Field(None, max_length=128, description="How rows lie in a forward pass: 'packed' (side by side, without padding), 'padded' and why, or 'encoded once' (Head on a frozen encoder); known when training has begun.")
     max_length: int | None = Field(None, description="Longest row in tokens.")
     precision: str | None = Field(None, max_length=16, description="Precision; known when training has begun.")
     device: str | None = Field(None, max_length=128, description="Device; known when training has begun.")

@@ -24,7 +24,7 @@ import tqdm
 from finetune_trainer import workspace
 from finetune_trainer.__main__ import main
 from finetune_trainer.evaluate.predict import Evaluator
-from finetune_trainer.train import checkpoint, loop, reporting
+from finetune_trainer.train import checkpoint, loop, preference, reporting
 from finetune_trainer.train import run as train_run
 from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.checkpoint import Checkpoints
@@ -51,6 +51,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "training log": (reporting.TrainingLog, "write"),
     "rewinding the log": (reporting.TrainingLog, "rewind"),
     "resuming": (Checkpoints, "load"),
+    "pairs as they were": (preference, "remember"),
     "result": (train_run, "_remember"),
 }
 """Functions that the stage calls, by the names of these tests."""

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from tests.models import save_tiny_bloom
 from tests.unit.trainer.deaths import CALLS, DEATHS, LOG, TERMINATION, Death, attempt
-from tests.unit.trainer.training_workspace import GENERATION, make_training
+from tests.unit.trainer.training_workspace import GENERATION, PREFERENCE, make_training
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.unit.trainer.deaths"])
@@ -39,9 +39,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lastLayers": {"method": "Full", "lora": None, "last_layers": 1},
     "Head": {"method": "Head", "lora": None},
 }
-MODELS = ("encoder", "packed decoder", "padded decoder")
+MODELS = {"encoder": {}, "packed decoder": GENERATION, "padded decoder": GENERATION, "pairs": PREFERENCE}
 ROWS = {"train": 26, "validation": 9, "test": 7}
-QUICK = [221, 147, 169, 6, 111, 108]
+QUICK = [207, 27, 105, 162, 6, 206]
 """Seeds whose jobs and deaths together are of every kind, see `test_the_quick_seeds_are_of_every_kind`."""
 
 
@@ -64,7 +64,7 @@ class Job:
         if self.model == "padded decoder":
             save_tiny_bloom(folder / "model")
         plan = make_training(folder, ROWS, **self.changes)
-        if self.model == "packed decoder":
+        if self.model in ("packed decoder", "pairs"):
             config = folder / "model" / "config.json"
             config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
         (folder / "plan.json").write_text(plan.to_json())
@@ -72,7 +72,7 @@ class Job:
 
 
 def draw_job(chance: random.Random) -> Job:
-    model = chance.choice(MODELS)
+    model = chance.choice(list(MODELS))
     method = chance.choice([name for name in METHODS if name != "Head" or model == "encoder"])
     by_tokens = chance.random() < 0.5
     training = {
@@ -89,7 +89,7 @@ def draw_job(chance: random.Random) -> Job:
         if chance.random() < 0.4
         else None,
     }
-    changes = {"training": training, **METHODS[method], **({} if model == "encoder" else GENERATION)}
+    changes = {"training": training, **METHODS[method], **MODELS[model]}
     if model == "encoder" and method != "Head" and chance.random() < 0.5:
         changes["head_first"] = {"epochs": chance.choice([0.5, 1.0]), "learning_rate": 0.01}
     return Job(model, method, changes)
@@ -250,6 +250,9 @@ SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
 
 
+KINDS = {"classification": {}, "generation": GENERATION, "pairs": PREFERENCE}
+
+
 def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
     return run(plan, telemetry or Telemetry(Stage.TRAIN, plan.job, 0))
 
@@ -273,12 +276,12 @@ def report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module", params=[{}, GENERATION], ids=["classification", "generation"])
+@pytest.fixture(scope="module", params=KINDS)
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Result, dict[str, Any]]:
     """A job that was run in one go: its workspace and result, and how to make the same job elsewhere."""
-    changes = {**SAVES, **request.param}
+    changes = {**SAVES, **KINDS[request.param]}
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "REPORT_SECONDS", 0.0)

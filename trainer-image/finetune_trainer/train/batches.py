@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from finetune_api.spec import BatchSize, Task
+from torch.nn import functional
 
 from finetune_trainer.data.store import Rows
 
@@ -182,10 +183,36 @@ class MicroBatch:
     """int64 [b, t]: 1 for a token, 0 for padding; None if nothing is padded."""
     positions: torch.Tensor | None = None
     """The token before each target, counted through all b * t places: int64 [n] (Generation)."""
+    features: torch.Tensor | None = None
+    """What a frozen encoder says of each row, fp32 [b, width], where the head alone is run on that (Classification)."""
     documents: Documents | None = None
     """Set if it is packed."""
     position_ids: torch.Tensor | None = None
     """int64 [1, t], from 0 in each document (packed)."""
+    document_targets: tuple[int, ...] = ()
+    """How many of the targets each document has (Generation)."""
+    reference: torch.Tensor | None = None
+    """Of preference pairs, `Rows.reference`: fp32 [rows, 2]. There is then one loss per pair."""
+
+    @property
+    def loss_count(self) -> int:
+        """How many losses it has: one per target, or per pair."""
+        return len(self.targets if self.reference is None else self.rows)
+
+    def lengthen(self, pad_token_id: int) -> "MicroBatch":
+        """The packed sequence with padding up to the next `bucket`: one more document, without targets."""
+        if self.documents is None or self.position_ids is None:
+            raise ValueError("only a packed micro-batch can be lengthened")
+        length = self.input_ids.shape[1]
+        more = bucket(length) - length
+        if more == 0:
+            return self
+        return replace(
+            self,
+            input_ids=functional.pad(self.input_ids, (0, more), value=pad_token_id),
+            documents=replace(self.documents, lengths=(*self.documents.lengths, more)),
+            position_ids=torch.cat([self.position_ids, torch.arange(more).unsqueeze(0)], dim=1),
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
@@ -196,9 +223,16 @@ class MicroBatch:
             targets=_move(self.targets, device),
             attention_mask=self.attention_mask if self.attention_mask is None else _move(self.attention_mask, device),
             positions=self.positions if self.positions is None else _move(self.positions, device),
+            features=self.features if self.features is None else _move(self.features, device),
             documents=self.documents and replace(self.documents, device=device),
             position_ids=self.position_ids if self.position_ids is None else _move(self.position_ids, device),
         )
+
+
+def bucket(length: int) -> int:
+    """The next length of which there are at most eight between a power of two and the next: 12.5 % longer at most."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return math.ceil(length / step) * step
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -216,28 +250,36 @@ class Batching:
     pad_token_id: int
     most_padding: int | None = None
     """Tokens of padding that a padded micro-batch may have."""
+    in_buckets: bool = False
+    """Packs are lengthened, so that few lengths are different: each is another graph for torch.compile."""
 
     def cut(self, data: Rows, rows: Indices) -> list[Indices]:
         """The rows of each micro-batch."""
+        if data.features is not None:  # a row is one vector, whatever its length
+            return np.array_split(rows, math.ceil(len(rows) / self.micro_batch_tokens))
         if self.packed:
             return packs(rows, data.lengths, self.micro_batch_tokens)
-        return padded_groups(rows, data.lengths, self.micro_batch_tokens, self.most_padding)
+        return padded_groups(rows, data.padded_lengths, self.micro_batch_tokens, self.most_padding)
 
     def read(self, data: Rows, rows: Indices) -> MicroBatch:
         """The micro-batch of these rows."""
-        documents = [data.input_ids(row) for row in rows.tolist()]
+        if data.features is not None:
+            return MicroBatch(
+                rows=rows,
+                input_ids=torch.zeros(len(rows), 1, dtype=torch.long),
+                targets=torch.from_numpy(_labels(data, rows)),
+                tokens=int(data.lengths[rows].sum()),
+                features=torch.from_numpy(data.features[rows]),
+            )
+        numbers = data.documents(rows).tolist()
+        documents = [data.input_ids(number) for number in numbers]
         if self.task is Task.GENERATION:
-            supervised = [data.loss_mask(row) for row in rows.tolist()]
-            return replace(arrange(documents, supervised, self.pad_token_id, self.packed), rows=rows)
-        ids, inside = _pad(documents, self.pad_token_id)
-        labels = np.array([data.label(row) for row in rows.tolist()], np.int64)
-        return MicroBatch(
-            rows=rows,
-            input_ids=torch.from_numpy(ids),
-            targets=torch.from_numpy(labels),
-            tokens=int(inside.sum()),
-            attention_mask=_mask(inside),
-        )
+            supervised = [data.loss_mask(number) for number in numbers]
+            batch = arrange(documents, supervised, self.pad_token_id, self.packed)
+            reference = None if data.reference is None else torch.from_numpy(data.reference[rows])
+            batch = replace(batch, rows=rows, reference=reference)
+            return batch.lengthen(self.pad_token_id) if self.in_buckets else batch
+        return replace(padded(documents, _labels(data, rows), self.pad_token_id), rows=rows)
 
     def halve(self, longest: int) -> bool:
         """Makes micro-batches half as large; False if the `longest` row would then not fit any more."""
@@ -245,6 +287,18 @@ class Batching:
             return False
         self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
         return True
+
+
+def padded(texts: Sequence[npt.NDArray[np.int64]], labels: npt.NDArray[np.int64], pad_token_id: int) -> MicroBatch:
+    """A micro-batch of labelled texts."""
+    ids, inside = _pad(texts, pad_token_id)
+    return MicroBatch(
+        rows=np.arange(len(texts)),
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(labels),
+        tokens=int(inside.sum()),
+        attention_mask=_mask(inside),
+    )
 
 
 def arrange(
@@ -260,9 +314,11 @@ def arrange(
     before = np.flatnonzero(learned)
     targets = torch.from_numpy(tokens[before + 1])
     rows = np.arange(len(documents))
+    counts = tuple(int(np.count_nonzero(mask[1:])) for mask in supervised)
     if packed:
         return MicroBatch(
             rows=rows,
+            document_targets=counts,
             input_ids=torch.from_numpy(tokens).unsqueeze(0),
             targets=targets,
             tokens=len(tokens),
@@ -273,6 +329,7 @@ def arrange(
     ids, inside = _pad(documents, pad_token_id)
     return MicroBatch(
         rows=rows,
+        document_targets=counts,
         input_ids=torch.from_numpy(ids),
         targets=targets,
         tokens=len(tokens),
@@ -290,6 +347,10 @@ def _pad(
     ids = np.full(inside.shape, pad_token_id, np.int64)
     ids[inside] = np.concatenate(documents)
     return ids, inside
+
+
+def _labels(data: Rows, rows: Indices) -> npt.NDArray[np.int64]:
+    return np.array([data.label(row) for row in rows.tolist()], np.int64)
 
 
 def _mask(inside: npt.NDArray[np.bool_]) -> torch.Tensor | None:

@@ -106,10 +106,11 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     The size of a micro-batch is none of them (the loss does not depend on it), nor is the device.
     """
     spec = plan.to_dict()
-    free = {"checkpointSteps", "microBatchTokens", "precision"}
+    free = {"checkpointSteps", "compile", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
     settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}
+    settings |= {f"method.dpo.{name}": value for name, value in spec.get("dpo", {}).items()}
     settings |= {
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],

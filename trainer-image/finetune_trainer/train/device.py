@@ -39,6 +39,11 @@ class Device:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which matrices are multiplied."""
+        return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
+
 
 def choose_device(wanted: PlanDevice, precision: Precision | None) -> Device:
     """Raises UserError (AcceleratorMissing) if a GPU was asked for and is not there: never CPU in silence."""
@@ -69,13 +74,16 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
-    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too.
+    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too, and
+    quantised ones.
     """
     if precision is not Precision.BF16:
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
+        if not isinstance(module, torch.nn.Linear) or id(module.weight) in kept:
+            continue
         frozen = not any(weight.requires_grad for weight in module.parameters())
-        if isinstance(module, torch.nn.Linear) and frozen and id(module.weight) not in kept:
+        if frozen and module.weight.is_floating_point():
             module.to(torch.bfloat16)

@@ -4,7 +4,7 @@ What a model can do is not looked up by its name but proved on a few tokens, aga
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from finetune_trainer.model.adapters import block_lists
 from finetune_trainer.train import attention
 from finetune_trainer.train.attention import PACKED, CannotPackError
 from finetune_trainer.train.batches import MicroBatch, arrange
@@ -28,9 +29,10 @@ LOGITS_BYTES = 256 * 2**20
 GPU busy, where those of all 8,192 tokens of a micro-batch would take 4 GiB, and as much again for their gradients."""
 
 KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
+MOST_GRAPHS = 256
+"""Of one piece of code: eight lengths per power of two, in training and in evaluation, and then some."""
 PROBE_LENGTHS = (5, 9, 4)
 EXACT, ROUNDED = 1e-5, 3e-2
-"""How far the losses of the probe may differ, relative and absolute: in fp32, and where products are rounded."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,28 @@ class Forward:
     """What keeps this model from packing, for people."""
     apart: bool = False
     """Whether what follows on the last hidden states can be run apart from them: so, the logits come in chunks."""
+    output: Any = None
+    """Classification on features: an output of the transformer, to be given again with these in it."""
 
     @property
     def batching(self) -> str:
         """How rows lie in a micro-batch, for people."""
+        if self.output is not None:
+            return "encoded once"
         if self.packs:
             return "packed"
         return f"padded: {self.why_padded}" if self.why_padded else "padded"
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Of the classes, fp32 [rows, classes] (Classification)."""
-        logits: torch.Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        if batch.features is not None:
+            return logits_of(self.model, self.output, batch.features.unsqueeze(1))
+        logits: torch.Tensor = self.model(**_inputs(batch)).logits
         return logits.float()
+
+    def transform(self, batch: MicroBatch) -> Any:
+        """What the transformer alone gives, with `last_hidden_state` [b, t, width]."""
+        return foundation(self.model).base_model(**_inputs(batch))
 
     def losses(self, batch: MicroBatch) -> torch.Tensor:
         """Cross-entropy of each target in nats, fp32 [n]."""
@@ -65,16 +77,16 @@ class Forward:
         if not self.apart:
             logits = self.model(**_inputs(batch)).logits.flatten(0, 1)
             return cross_entropy(logits[batch.positions], batch.targets)
-        output = foundation(self.model).base_model(**_inputs(batch))
+        output = self.transform(batch)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.positions]
         return self._losses_in_chunks(output, hidden, batch.targets)
 
     def _losses_in_chunks(self, output: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """All logits at once would be the largest tensor by far. The backward pass computes those of a chunk anew."""
-        size = max(1, LOGITS_BYTES // (4 * _vocabulary_size(self.model)))
+        size = max(1, LOGITS_BYTES // (4 * vocabulary_size(self.model)))
 
         def losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return cross_entropy(logits_of(self.model, output, hidden), targets)
+            return cross_entropy(logits_of(self.model, output, hidden.unsqueeze(0))[0], targets)
 
         if len(hidden) <= size:
             return losses(hidden, targets)
@@ -97,23 +109,37 @@ def prove(model: torch.nn.Module, task: Task, device: Device) -> Forward:
         model.train(training)
 
 
+def compile_blocks(forward: Forward, backend: str = "inductor") -> None:
+    """Has torch.compile make kernels of each transformer block, whose attention stays as it is.
+
+    Packed, there is one graph per length (see `Batching.in_buckets`); padded, whose shapes have two sides, few for all.
+    """
+    own = foundation(forward.model)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    for name in block_lists(own):
+        for block in own.get_submodule(name).children():
+            block.compile(backend=backend, dynamic=False if forward.packs else None)
+
+
 def foundation(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model in or under the adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What `model` makes of the last hidden states [n, width]: fp32 [n, classes or vocabulary].
+    """What `model` makes of the last hidden states [b, t, width]: fp32 [b, classes] or [b, t, vocabulary].
 
     It runs its own forward, so that scaling and soft-capping happen, with `hidden` in the place of what its
     transformer gives. `output` is an earlier one of that, whose other parts are given again.
     """
     whole = foundation(model)
     output = copy.copy(output)
-    output.last_hidden_state = hidden.unsqueeze(0)
+    output.last_hidden_state = hidden
+    if getattr(output, "pooler_output", None) is not None:
+        output.pooler_output = whole.base_model.pooler(hidden)
     with _standing_in(whole.base_model, output):
-        logits: torch.Tensor = whole(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long)).logits
-    return logits[0].float()
+        logits: torch.Tensor = whole(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.long)).logits
+    return logits.float()
 
 
 @contextmanager
@@ -132,28 +158,28 @@ def _standing_in(module: torch.nn.Module, output: Any) -> Iterator[None]:
 def _prove(model: torch.nn.Module, device: Device) -> Forward:
     own = foundation(model)
     plain, padded, packed = Forward(model, Task.GENERATION), _probe(model, False, device), _probe(model, True, device)
-    expected, tolerance = plain.losses(padded), EXACT if _is_exact(device) else ROUNDED
+    expected = plain.losses(padded)
     apart = replace(plain, apart=True)
-    if own.base_model is own or _differs(apart, padded, expected, tolerance):
+    if own.base_model is own or differs(apart.losses, padded, expected, tolerance(device)):
         apart = plain
     before = own.config._attn_implementation
     forward = replace(apart, packs=True)
-    why = _switch_attention(own) or _differs(forward, packed, expected, tolerance)
+    why = _switch_attention(own) or differs(forward.losses, packed, expected, tolerance(device))
     if why is None:
         return forward
     own.set_attn_implementation(before)
     return replace(apart, why_padded=why)
 
 
-def _is_exact(device: Device) -> bool:
-    """Whether it computes in fp32 without rounding to TF32."""
-    return device.torch_device.type == "cpu" and device.precision is Precision.FP32
+def tolerance(device: Device) -> float:
+    """How far results may differ, relative and absolute: on CPU fp32 is not rounded to TF32."""
+    return EXACT if device.torch_device.type == "cpu" and device.precision is Precision.FP32 else ROUNDED
 
 
 def _probe(model: torch.nn.Module, packed: bool, device: Device) -> MicroBatch:
     """A few documents with a loss at every token."""
     random = np.random.default_rng(0)
-    documents = [random.integers(_vocabulary_size(model), size=length) for length in PROBE_LENGTHS]
+    documents = [random.integers(vocabulary_size(model), size=length) for length in PROBE_LENGTHS]
     supervised = [np.ones(length, np.bool_) for length in PROBE_LENGTHS]
     return arrange(documents, supervised, 0, packed).to(device.torch_device)
 
@@ -175,19 +201,22 @@ def _switch_attention(model: PreTrainedModel) -> str | None:
     return None if model.config._attn_implementation == PACKED else "its attention cannot be exchanged"
 
 
-def _differs(forward: Forward, batch: MicroBatch, expected: torch.Tensor, tolerance: float) -> str | None:
-    """What is wrong with the losses that `forward` gives."""
+def differs(
+    run: Callable[[MicroBatch], torch.Tensor], batch: MicroBatch, expected: torch.Tensor, most: float
+) -> str | None:
+    """What is wrong with what `run` gives for `batch`."""
     try:
-        found = forward.losses(batch)
+        found = run(batch)
     except CannotPackError as problem:
         return str(problem)
     except (TypeError, ValueError, AttributeError, RuntimeError) as problem:
         return f"it cannot be run on packed documents ({type(problem).__name__})"
-    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=most, atol=most)
     return None if same else "its documents would see each other"
 
 
-def _vocabulary_size(model: torch.nn.Module) -> int:
+def vocabulary_size(model: torch.nn.Module) -> int:
+    """Of the input embeddings."""
     return int(foundation(model).get_input_embeddings().weight.shape[0])
 
 

@@ -13,7 +13,7 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Result, TrainResult
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
-from finetune_api.spec import BatchSize, Metric, Task
+from finetune_api.spec import BatchSize, MethodType, Metric, Task
 from finetune_api.status import Score, decimal
 from pydantic import ValidationError
 
@@ -21,14 +21,17 @@ from finetune_trainer.data.store import DataManifest, Rows, open_split, read_man
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
+from finetune_trainer.evaluate.metrics import preference as preference_scores
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
+from finetune_trainer.model.quantize import choose_quantization
 from finetune_trainer.telemetry import Telemetry
-from finetune_trainer.train import early_stopping
+from finetune_trainer.train import early_stopping, preference
 from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
-from finetune_trainer.train.forward import Forward, prove
+from finetune_trainer.train.features import find_encoder
+from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
@@ -88,11 +91,12 @@ class _Run:
     ) -> None:
         self.plan, self.telemetry, self.workspace, self.manifest = plan, telemetry, workspace, manifest
         self.device, self.checkpoints, self.digest = device, checkpoints, digest
-        self.train = _rows(workspace, manifest, "train")
-        self.validation = _rows(workspace, manifest, "validation")
+        paired = plan.dpo is not None
+        self.train = _rows(workspace, manifest, "train", paired)
+        self.validation = _rows(workspace, manifest, "validation", paired)
         has_test = "test" in manifest.splits and manifest.splits["test"].rows > 0
         self.final_split = "test" if has_test else "validation"
-        self.final = _rows(workspace, manifest, "test") if has_test else self.validation
+        self.final = _rows(workspace, manifest, "test", paired) if has_test else self.validation
         training = plan.training
         size = BatchSize(sequences=training.batch_sequences, tokens=training.batch_tokens)
         self.batches = BatchPlan(self.train.lengths, size, training.seed, training.epochs, training.max_steps)
@@ -101,6 +105,8 @@ class _Run:
     def result(self) -> Result:
         newest = self.checkpoints.newest()
         forward, evaluator = self._prepare_model()
+        if self.plan.dpo is not None:
+            self._read_references(forward, evaluator.batching)
         untuned = self._untuned_baseline(forward, evaluator) if self.plan.task is Task.GENERATION else None
         state = self._train(forward, evaluator, newest)
         self.telemetry.update(total_steps=state.step)
@@ -118,7 +124,8 @@ class _Run:
             precision=self.device.precision.value,
             device=self.device.name,
         )
-        model = build_model(self.plan, self.workspace, self.manifest.labels)
+        quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
+        model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
         model.to(self.device.torch_device)
@@ -132,6 +139,11 @@ class _Run:
             pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
             most_padding=self.device.most_padding,
         )
+        if self.plan.training.compile and self.device.torch_device.type == "cuda":
+            compile_blocks(forward)
+            batching.in_buckets = forward.packs
+        if self.plan.method is MethodType.HEAD:
+            forward = self._encode_once(forward, batching)
         trainable = _count(model)
         self.telemetry.update(trainable_parameters=trainable, batching=forward.batching)
         logger.info(
@@ -143,7 +155,17 @@ class _Run:
             len(self.train),
             forward.batching,
         )
-        return forward, Evaluator(batching, self.manifest.labels, self.device)
+        return forward, Evaluator(batching, self.manifest.labels, self.device, self.plan.dpo)
+
+    def _encode_once(self, forward: Forward, batching: Batching) -> Forward:
+        """The frozen encoder's features of all rows, and the way to run the head on them; if it can be run so."""
+        encoder = find_encoder(forward, self.device)
+        if encoder is None:
+            return forward
+        for data in {id(data): data for data in (self.train, self.validation, self.final)}.values():
+            on_batch = self._on_batch("Encoding the rows with the frozen encoder", 0.0, 0.0)
+            encoder.encode(data, batching, self.workspace.root, on_batch)
+        return encoder.forward
 
     def _train(self, forward: Forward, evaluator: Evaluator, newest: Path | None) -> RunState:
         model = forward.model
@@ -185,13 +207,27 @@ class _Run:
 
     def _untuned_baseline(self, forward: Forward, evaluator: Evaluator) -> Evaluation:
         """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
+        name = START if self.plan.model.adapter else UNTUNED
+        if self.plan.dpo is not None:
+            return preference_scores(name, np.zeros(len(self.final)))  # it is what gains are measured from
         path = self.workspace.checkpoints / BASELINE
         known = _recall(path, self.digest, Evaluation)
         if known is None:
-            name = START if self.plan.model.adapter else UNTUNED
             known = evaluator(name, forward, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
             _remember(path, self.digest, known)
         return known
+
+    def _read_references(self, forward: Forward, batching: Batching) -> None:
+        """What the model says of every pair before its first step. Kept, for after it there is no asking."""
+        splits = {"train": self.train, "validation": self.validation, self.final_split: self.final}
+        for name, rows in splits.items():
+            path = self.workspace.checkpoints / f"reference-{name}.safetensors"
+            known = preference.recall(path, self.digest)
+            if known is None:
+                report = self._on_batch(f"Scoring the {name} pairs with the start model", 0.0, 0.0)
+                known = preference.start_likelihoods(forward, rows, batching, self.device, report)
+                preference.remember(path, self.digest, known)
+            rows.reference = known
 
     def _majority_baseline(self) -> Evaluation:
         return majority_class(_labels(self.train), _labels(self.final), self.manifest.labels or [])
@@ -273,13 +309,13 @@ def _recall(path: Path, digest: str, kind: type[D]) -> D | None:
         return None
 
 
-def _rows(workspace: Workspace, manifest: DataManifest, split: str) -> Rows:
+def _rows(workspace: Workspace, manifest: DataManifest, split: str, paired: bool) -> Rows:
     if split not in manifest.splits or manifest.splits[split].rows == 0:
         raise UserError(
             Reason.DATA_INVALID,
             f"the {split} split has no rows: give more data, or a larger share of it in dataset.{split}",
         )
-    return open_split(workspace.data, split)
+    return open_split(workspace.data, split, paired)
 
 
 def _labels(data: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
