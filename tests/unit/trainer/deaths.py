@@ -59,7 +59,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 PHASES = {
     "save": "saving", "save_best": "saving", "_accumulate": "accumulation", "_step": "step",
     "_evaluate": "evaluation", "_untuned_baseline": "evaluation", "newest": "resuming", "load": "resuming",
-    "rewind": "resuming", "_prepare_model": "loading", "result": "ending", "run": "ending",
+    "rewind": "resuming", "_prepare_model": "loading", "_read_references": "loading", "result": "ending", "run": "ending",
 }  # fmt: skip
 """What the stage is at, by the innermost of its functions."""
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def run_to_its_end(folder: Path, deaths: tuple[Death, ...] = (), sign: int = 0, 
     if sign:
         process.join(after)
         if process.exitcode is None:
-            os.kill(process.pid, sign)
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(process.pid, sign)
     process.join()
     return process.exitcode
 
