@@ -96,7 +96,7 @@ class ResolvedStatus(Document):
     batching: str | None = Field(None, max_length=128, description="How rows lie in a forward pass: 'packed' (side by side, without padding), 'padded' and why, or 'encoded once' (Head on a frozen encoder); known when training has begun.")
     max_length: int | None = Field(None, description="Longest row in tokens.")
     precision: str | None = Field(None, max_length=16, description="Precision; known when training has begun.")
-    device: str | None = Field(None, max_length=128, description="Device; known when training has begun.")
+    device: str | None = Field(None, max_length=128, description="Device, for example '2 nodes x 4 x NVIDIA H100'; its name is known when training has begun.")
     trainable_parameters: int | None = Field(None, description="Number of weights that are trained; known when training has begun.")
     checkpoint_steps: int | None = Field(None, description="Steps between checkpoints.")
     evaluation_steps: int | None = Field(None, description="Steps between evaluations.")
