@@ -74,3 +74,12 @@ def test_threads_that_the_user_set_stay(tmp_path, monkeypatch):
     del os.environ["OMP_NUM_THREADS"]
     prepare_environment(make_plan(tmp_path), tmp_path)
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(8, "2"), (3, "1"), (None, "4")])
+def test_the_processes_of_a_node_share_its_cpus(tmp_path, monkeypatch, limit: int | None, threads: str) -> None:
+    monkeypatch.setattr("finetune_trainer.environment.cpu_limit", lambda: limit)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    os.environ["LOCAL_WORLD_SIZE"] = "4"
+    prepare_environment(make_plan(tmp_path), tmp_path)
+    assert os.environ["OMP_NUM_THREADS"] == threads

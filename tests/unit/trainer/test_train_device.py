@@ -43,6 +43,15 @@ def test_the_fallback_to_cpu_is_said_aloud(caplog: pytest.LogCaptureFixture) -> 
     assert "training on CPU" in caplog.text
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_fewer_gpus_than_asked_for_are_a_failure(monkeypatch: pytest.MonkeyPatch, fallback: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="asks for 2 GPUs on each node, but torch finds 1") as caught:
+        choose_device(PlanDevice(gpus=2, nodes=1, allow_cpu_fallback=fallback), None, 1)
+    assert caught.value.reason is Reason.ACCELERATOR_MISSING
+
+
 def test_who_asks_for_no_gpu_trains_on_cpu(caplog: pytest.LogCaptureFixture) -> None:
     device = choose_device(PlanDevice(gpus=0, nodes=1, allow_cpu_fallback=False), Precision.BF16)
     assert (device.torch_device.type, device.precision, device.name) == ("cpu", Precision.BF16, "cpu")
