@@ -103,11 +103,8 @@ def launch(plan: Plan, plan_path: Path, stop_requested: threading.Event, tell: C
     if stop_requested.is_set():
         raise Interrupted("stopped before the stage began")
     address, port = os.environ.get(MASTER_ADDRESS_VARIABLE, "127.0.0.1"), os.environ.get(MASTER_PORT_VARIABLE)
-    node, local, killed_before = (
-        int(os.environ.get(NODE_RANK_VARIABLE, "0")),
-        max(1, plan.device.gpus),
-        _out_of_memory(),
-    )
+    node, local = int(os.environ.get(NODE_RANK_VARIABLE, "0")), max(1, plan.device.gpus)
+    killed_before = _out_of_memory()
     codes: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
         os.environ[ENDS_VARIABLE] = folder
