@@ -264,6 +264,9 @@ class TrainingSpec(Document):
     micro_batch_tokens: int | None = Field(
         None, ge=1, le=4194304, description="Most tokens in one forward pass; bounds memory, does not change the result. Left out: chosen by sizing."
     )
+    activation_checkpointing: bool | None = Field(
+        None, description="Compute activations again in the backward pass instead of keeping them: less memory, about a third slower, the same result. Left out: only if the job would not fit otherwise."
+    )
     max_length: int | None = Field(None, ge=8, le=1048576, description="Longest row in tokens; longer ones are cut. Left out: the model's limit, at most 512 (Classification) or 2048 (Generation).")
     precision: Precision | None = Field(None, description="bf16 or fp32. Left out: bf16 where the accelerator has it, else fp32.")
     seed: int = Field(42, ge=0, le=4294967295, description="Seed of shuffling, initialisation and dropout. The same seed gives the same weights on the same hardware.")
@@ -301,13 +304,23 @@ class EvaluationSpec(Document):
     gate: Gate | None = Field(None, description="What the tuned model must reach on the test split; otherwise the job fails and nothing is published.")
 
 
+MOST_GPUS = 1
+"""Per node."""
+
+
 class ResourcesSpec(Document):
     rules: ClassVar = (
         *RESOURCE_RULES,
+        Rule("!has(self.gpuMemory) || !has(self.gpus) || self.gpus > 0", "gpuMemory is for training on GPUs; leave it out with gpus: 0", "gpuMemory"),
         Rule("!has(self.requests) || !(self.gpuResource in self.requests)", "GPUs are asked for with resources.gpus; leave them out here", "requests"),
         Rule("!has(self.limits) || !(self.gpuResource in self.limits)", "GPUs are asked for with resources.gpus; leave them out here", "limits"),
     )
-    gpus: int = Field(0, ge=0, le=1, description="GPUs for training: 1, or 0 to train on CPU. Several GPUs are not supported yet.")
+    gpus: int | None = Field(
+        None, ge=0, le=MOST_GPUS, description="GPUs for training: 1, or 0 to train on CPU. Left out: with gpuMemory as few as hold the job, else 0. Several GPUs are not supported yet."
+    )
+    gpu_memory: Quantity | None = Field(
+        None, description="Memory of one GPU, for example 80Gi. A job that needs more is refused before a GPU is asked for. Left out: not known, nothing is refused."
+    )
     gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
     nodes: int = Field(1, ge=1, le=1, description="Nodes for training. Several nodes are not supported yet.")
     allow_cpu_fallback: bool = Field(False, description="Train on CPU if the pod that asked for GPUs sees none. Off: the job fails with AcceleratorMissing.")

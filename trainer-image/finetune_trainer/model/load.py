@@ -65,14 +65,18 @@ def build_model(plan: Plan, workspace: Workspace, labels: list[str] | None) -> t
 def check_start_adapter(plan: Plan, workspace: Workspace, labels: list[str] | None, revision: str | None) -> None:
     """Raises UserError if the adapter in the workspace does not fit the job. No weights of the model are read."""
     check_start(workspace.adapter, plan, labels, revision)
+    check_layers(workspace.adapter, build_skeleton(plan, workspace, labels))
+
+
+def build_skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> torch.nn.Module:
+    """The job's model on the meta device, with exactly the trained weights requiring grad. No weights are read."""
     auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     trusted = {"trust_remote_code": plan.model.trust_remote_code}
     config = AutoConfig.from_pretrained(workspace.model, local_files_only=True, **trusted)
     if labels is not None:
         config.num_labels = len(labels)
     with torch.device("meta"):
-        skeleton = apply_method(auto.from_config(config, **trusted), plan)
-    check_layers(workspace.adapter, skeleton)
+        return apply_method(auto.from_config(config, dtype=torch.float32, **trusted), plan)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

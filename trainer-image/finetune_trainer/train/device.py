@@ -3,6 +3,7 @@
 import logging
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -64,13 +65,20 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
+    """
+    if precision is Precision.BF16:
+        for layer in castable_layers(model):
+            layer.to(torch.bfloat16)
+
+
+def castable_layers(model: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Linear layers that are not trained, whose weights may be kept in less than fp32.
+
     The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too.
     """
-    if precision is not Precision.BF16:
-        return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
         frozen = not any(weight.requires_grad for weight in module.parameters())
         if isinstance(module, torch.nn.Linear) and frozen and id(module.weight) not in kept:
-            module.to(torch.bfloat16)
+            yield module
