@@ -31,7 +31,7 @@ def render_stage(
     children = [
         render_network_policy(resource, plan.stage, settings),
         _plan_config_map(resource, plan),
-        render_job(resource, spec, plan.stage, settings, layout.plan_path(resource, plan.stage)),
+        render_job(resource, spec, plan, settings, layout.plan_path(resource, plan.stage)),
     ]
     if plan.stage is Stage.PREPARE and spec.workspace.claim_name is None:
         children.insert(0, render_workspace(resource, spec))

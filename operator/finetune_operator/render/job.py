@@ -1,6 +1,7 @@
 """The batch/v1 Job of a stage: how often it is tried, what ends it, which queue it waits in."""
 
 from finetune_api.constants import ExitCode, Stage
+from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.observed import Manifest, Resource
@@ -20,11 +21,12 @@ FAILURE_RULES = [
 """A user's error is final, a disruption costs no retry; all else counts against backoffLimit."""
 
 
-def render_job(resource: Resource, spec: FineTuneJobSpec, stage: Stage, settings: Settings, plan_path: str) -> Manifest:
+def render_job(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: Settings, plan_path: str) -> Manifest:
     """The Job without `suspend`. It has no time to live of its own: it goes with its owner.
 
     Of a queued Job Kueue's webhook sets `suspend` at creation, and Kueue alone takes it back.
     """
+    stage = plan.stage
     metadata = render_metadata(resource, resource.child_name(stage), stage)
     queue = spec.scheduling.queue_name if spec.scheduling else None
     if stage is Stage.TRAIN and queue is not None:
@@ -43,6 +45,6 @@ def render_job(resource: Resource, spec: FineTuneJobSpec, stage: Stage, settings
             "podFailurePolicy": {"rules": FAILURE_RULES},
             "podReplacementPolicy": "Failed",  # two writers on one workspace would be one too many
             **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
-            "template": render_pod(resource, spec, stage, settings, plan_path),
+            "template": render_pod(resource, spec, plan, settings, plan_path),
         },
     }

@@ -4,6 +4,7 @@ https://kubernetes.io/docs/concepts/security/pod-security-standards/
 """
 
 from finetune_api.constants import TELEMETRY_PORT, Stage
+from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.observed import Manifest, Resource
@@ -23,8 +24,9 @@ CPU_STAGE_REQUESTS = {"cpu": "500m", "memory": "1Gi"}
 counts against a queue's quota, which may know of GPUs only."""
 
 
-def render_pod(resource: Resource, spec: FineTuneJobSpec, stage: Stage, settings: Settings, plan_path: str) -> Manifest:
+def render_pod(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: Settings, plan_path: str) -> Manifest:
     """The template, with metadata and spec. The image's entry point is the trainer; the stage is its argument."""
+    stage = plan.stage
     storage = render_storage(resource, spec, stage)
     container = {
         "name": CONTAINER,
@@ -32,7 +34,7 @@ def render_pod(resource: Resource, spec: FineTuneJobSpec, stage: Stage, settings
         "imagePullPolicy": settings.trainer_pull_policy,
         "args": [stage.value, "--plan", plan_path],
         "ports": [{"name": "telemetry", "containerPort": TELEMETRY_PORT}],
-        "resources": _resources(spec, stage),
+        "resources": _resources(spec, stage, plan.device.gpus),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -64,16 +66,16 @@ def render_pod(resource: Resource, spec: FineTuneJobSpec, stage: Stage, settings
     }
 
 
-def _resources(spec: FineTuneJobSpec, stage: Stage) -> Manifest:
-    """Requests and limits; GPUs are `resources.gpus` of train and nothing else, whatever the user's maps say."""
+def _resources(spec: FineTuneJobSpec, stage: Stage, gpus: int) -> Manifest:
+    """Requests and limits; GPUs are those of train's plan and nothing else, whatever the user's maps say."""
     wanted = spec.resources
     part = wanted if stage is Stage.TRAIN else wanted.prepare
     requests, limits = (
         {name: amount for name, amount in (named or {}).items() if name != wanted.gpu_resource}
         for named in ((part.requests, part.limits) if part else (None, None))
     )
-    if stage is Stage.TRAIN and wanted.gpus:
-        limits[wanted.gpu_resource] = str(wanted.gpus)  # the API server makes it the request too
+    if stage is Stage.TRAIN and gpus:
+        limits[wanted.gpu_resource] = str(gpus)  # the API server makes it the request too
     if stage is not Stage.TRAIN:  # a limit alone is a request as well
         requests = {name: amount for name, amount in CPU_STAGE_REQUESTS.items() if name not in limits} | requests
     return {key: named for key, named in (("requests", requests), ("limits", limits)) if named}

@@ -22,6 +22,7 @@ from finetune_trainer.model.adapters import training_mode, without_adapters
 from finetune_trainer.train.device import cast_frozen, castable_layers
 
 logger = logging.getLogger(__name__)
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it says is said here
 
 LONGEST_PROBE = 256
 """Tokens. Three lengths tell the constant, the linear and the quadratic part apart."""
@@ -105,8 +106,8 @@ def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
 
     with mode:
         for module in model.modules():
-            tensors: dict[str, Any]
-            for tensors in (module._parameters, module._buffers):
+            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in stores:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = fake(tensor)
