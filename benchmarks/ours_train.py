@@ -18,7 +18,7 @@ from finetune_trainer.environment import prepare_environment
 # Self time of operators by what they are for; the first entry with a matching part of the name counts.
 CAUSES = {
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn_linear", "gemm"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "_linear", "gemm"),
     "optimizer, clipping": ("adamw", "foreach", "linalg_vector_norm", "Optimizer"),
     "softmax, cross-entropy": ("softmax", "nll_loss", "cross_entropy"),
     "copies, concatenation": ("copy_", "aten::cat", "clone", "contiguous", "index", "gather", "embedding"),

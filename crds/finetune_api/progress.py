@@ -30,6 +30,8 @@ class Progress(Document):
     precision: str | None = None
     device: str | None = None
     trainable_parameters: int | None = None
+    batching: str | None = Field(None, description="How rows lie in a micro-batch: 'packed', 'padded' and why, or 'encoded once'.")
+    micro_batch_tokens: int | None = Field(None, description="Set if it had to be lowered, because the GPU ran out of memory.")
     updated_at: float = Field(description="Unix time of the last change.")
 
 
@@ -51,6 +53,8 @@ class TrainResult(Document):
     precision: str
     device: str
     trainable_parameters: int
+    batching: str | None = Field(None, description="How rows lie in a micro-batch: 'packed', 'padded' and why, or 'encoded once'.")
+    micro_batch_tokens: int | None = Field(None, description="Most tokens of a micro-batch at the end.")
     training_loss: float | None = None
     evaluation_loss: float | None = None
     tokens_per_second: float | None = None

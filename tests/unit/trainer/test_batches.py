@@ -7,7 +7,7 @@ import pytest
 import torch
 from finetune_api.spec import BatchSize, Task
 from finetune_trainer.data.store import Rows, TokenizedRow, open_split, write_split
-from finetune_trainer.train.batches import BatchPlan, collate, micro_batches
+from finetune_trainer.train.batches import Batching, BatchPlan, packs, padded_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,20 +70,47 @@ def test_no_rows_make_no_plan() -> None:
         BatchPlan(np.array([], np.int32), BatchSize(sequences=4), 1, epochs=1)
 
 
-@given(LENGTHS, st.integers(1, 200), st.randoms())
-def test_micro_batches_hold_all_rows_within_the_budget_of_padded_tokens(lengths, most: int, random) -> None:
+CUTS = st.one_of(st.just(None), st.integers(0, 50))
+
+
+@given(LENGTHS, st.integers(1, 200), CUTS, st.randoms())
+def test_padded_groups_hold_all_rows_within_the_budget_and_bound_their_padding(
+    lengths, most: int, most_padding: int | None, random
+) -> None:
     rows = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
-    groups = micro_batches(rows, lengths, most)
+    groups = padded_groups(rows, lengths, most, most_padding)
     assert sorted(np.concatenate(groups)) == sorted(rows)
     for group in groups:
-        assert len(group) == 1 or len(group) * lengths[group].max() <= most
+        longest = lengths[group].max()
+        assert len(group) == 1 or len(group) * longest <= most
+        assert most_padding is None or (longest - lengths[group]).sum() <= most_padding
     longest = [int(lengths[group].max()) for group in groups]
     assert longest == sorted(longest, reverse=True)
 
 
+@given(LENGTHS, st.integers(1, 200), st.randoms())
+def test_packs_hold_all_rows_within_the_budget(lengths, most: int, random) -> None:
+    rows = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
+    found = packs(rows, lengths, most)
+    assert sorted(np.concatenate(found)) == sorted(rows)
+    assert all(len(pack) == 1 or lengths[pack].sum() <= most for pack in found)
+    # two packs that would fit into one are a wasted pass; the search for the number of packs goes in tenths
+    fewest = -(-int(lengths[rows].sum()) // most)
+    assert len(found) <= max(2 * fewest, fewest + 1) * 1.2 + 1
+
+
+def test_packs_are_about_as_large_as_each_other() -> None:
+    lengths = np.array([100] + [10] * 30 + [30] * 5, np.int32)
+    sizes = [int(lengths[pack].sum()) for pack in packs(np.arange(len(lengths)), lengths, 300)]
+    assert sizes == [280, 270]
+
+
 def test_classification_rows_are_padded_on_the_right(tmp_path: Path) -> None:
     rows = [TokenizedRow([5, 6, 7], label=2), TokenizedRow([8], label=0)]
-    batch = collate(_write(tmp_path, rows, Task.CLASSIFICATION), np.array([1, 0]), 99, Task.CLASSIFICATION)
+    data = _write(tmp_path, rows, Task.CLASSIFICATION)
+    batch = Batching(Task.CLASSIFICATION, packed=False, micro_batch_tokens=100, pad_token_id=99).read(
+        data, np.array([1, 0])
+    )
     assert batch.input_ids.tolist() == [[8, 99, 99], [5, 6, 7]]
     assert batch.attention_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert batch.targets.tolist() == [0, 2]
@@ -92,19 +119,42 @@ def test_classification_rows_are_padded_on_the_right(tmp_path: Path) -> None:
 
 def test_rows_of_one_length_need_no_mask(tmp_path: Path) -> None:
     data = _write(tmp_path, [TokenizedRow([5, 6], label=1)] * 2, Task.CLASSIFICATION)
-    assert collate(data, np.array([0, 1]), 0, Task.CLASSIFICATION).attention_mask is None
+    batch = Batching(Task.CLASSIFICATION, packed=False, micro_batch_tokens=100, pad_token_id=0).read(data, np.arange(2))
+    assert batch.attention_mask is None
 
 
-def test_targets_are_the_supervised_tokens_seen_from_the_token_before(tmp_path: Path) -> None:
-    rows = [
-        TokenizedRow([5, 6, 7, 8], loss_mask=[False, False, True, True]),
-        TokenizedRow([9, 10], loss_mask=[True, True]),  # nothing stands before its first token
-        TokenizedRow([11], loss_mask=[True]),
-    ]
-    batch = collate(_write(tmp_path, rows, Task.GENERATION), np.array([0, 1, 2]), 0, Task.GENERATION)
+DOCUMENTS = [
+    TokenizedRow([5, 6, 7, 8], loss_mask=[False, False, True, True]),
+    TokenizedRow([9, 10], loss_mask=[True, True]),  # nothing stands before its first token
+    TokenizedRow([11], loss_mask=[True]),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_targets_are_the_supervised_tokens_seen_from_the_token_before(tmp_path: Path, packed: bool) -> None:
+    data = _write(tmp_path, DOCUMENTS, Task.GENERATION)
+    batch = Batching(Task.GENERATION, packed, micro_batch_tokens=100, pad_token_id=0).read(data, np.arange(3))
     assert batch.targets.tolist() == [7, 8, 10]
-    assert batch.positions.tolist() == [[0, 0, 1], [1, 2, 0]]
+    assert batch.input_ids.flatten()[batch.positions].tolist() == [6, 7, 9]
     assert batch.targets.dtype == torch.int64
+    assert batch.tokens == 7
+
+
+def test_packed_documents_stand_side_by_side_and_count_their_own_positions(tmp_path: Path) -> None:
+    data = _write(tmp_path, DOCUMENTS, Task.GENERATION)
+    batch = Batching(Task.GENERATION, True, micro_batch_tokens=100, pad_token_id=0).read(data, np.array([1, 0]))
+    assert batch.input_ids.tolist() == [[9, 10, 5, 6, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert batch.documents.lengths == (2, 4)
+    assert batch.documents.starts.tolist() == [0, 2, 6]
+    assert batch.attention_mask is None
+
+
+def test_micro_batches_can_be_halved_down_to_the_longest_row() -> None:
+    batching = Batching(Task.GENERATION, True, micro_batch_tokens=100, pad_token_id=0)
+    assert [batching.halve(40), batching.micro_batch_tokens] == [True, 50]
+    assert [batching.halve(40), batching.micro_batch_tokens] == [True, 40]
+    assert [batching.halve(40), batching.micro_batch_tokens] == [False, 40]
 
 
 def _write(folder: Path, rows: list[TokenizedRow], task: Task) -> Rows:

@@ -99,7 +99,7 @@ def test_bad_csv_rows_cost_only_themselves(write):
         ("a.csv", "text,label\n".encode("utf-16"), "is UTF-16"),
         ("a.json", '[\n{"a": 1}\n]', "is a JSON array"),
         ("a.parquet", b"PAR1 and nothing more", "cannot be read as Parquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "is damaged"),
         ("unknown", b"\x00\x01\x02", "is neither JSONL, CSV nor Parquet"),
     ],
 )

@@ -12,8 +12,9 @@ from finetune_api.spec import Precision, Task
 from finetune_trainer.data.store import open_split
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import build_model, trainable_state
-from finetune_trainer.train.batches import collate
+from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.loop import accumulate_gradients
 from finetune_trainer.workspace import Workspace
 
@@ -53,13 +54,13 @@ def test_who_asks_for_no_gpu_trains_on_cpu(caplog: pytest.LogCaptureFixture) -> 
 def test_frozen_weights_in_bf16_change_no_bit_of_loss_or_gradient(tmp_path: Path, changes) -> None:
     plan = make_training(tmp_path, **changes)
     data = open_split(tmp_path / "data", "train")
-    micro = [collate(data, np.arange(8), 0, plan.task)]
+    micro = [Batching(plan.task, False, 10_000, 0).read(data, np.arange(8))]
     results = []
     for cast in (False, True):
         model = build_model(plan, Workspace(tmp_path), ["a", "b", "c"] if plan.task is Task.CLASSIFICATION else None)
         if cast:
             cast_frozen(model, Precision.BF16)
-        loss = accumulate_gradients(model.train(), micro, BF16, [1, 0])
+        loss = accumulate_gradients(Forward(model.train(), plan.task), micro, BF16, [1, 0])
         results.append((float(loss), {n: w.grad for n, w in model.named_parameters() if w.requires_grad}, model))
     (loss, grads, _), (cast_loss, cast_grads, cast_model) = results
     assert loss == cast_loss

@@ -23,13 +23,15 @@ from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, load_trainable_state, trainable_state
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import checkpoint, loop, reporting
+from finetune_trainer.train.batches import Batching
+from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
 from tests.unit.trainer.training_workspace import CLASSIFICATION_ROWS, GENERATION, LABELS, make_training, write_data
 
-SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 60}}
+SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 30}}
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
 
 
@@ -119,23 +121,23 @@ def test_a_stop_does_not_wait_for_the_end_of_a_step(uninterrupted, tmp_path: Pat
     whole, _, changes = uninterrupted
     plan = make_training(tmp_path, **changes)
     telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    original, save = loop.predict, checkpoint.Checkpoints.save
+    original, save = Forward.losses, checkpoint.Checkpoints.save
     gradients_at_save: list[int] = []
     inside = 0
 
-    def predict(model, batch):
+    def losses(self, batch):
         nonlocal inside
         if torch.is_grad_enabled() and telemetry.progress.step == 5:
             inside += 1
             telemetry.stop_requested.set()
-        return original(model, batch)
+        return original(self, batch)
 
     def note(self, model, optimizer, state):
         gradients_at_save.append(sum(weight.grad is not None for weight in model.parameters()))
         save(self, model, optimizer, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "predict", predict)
+        patch.setattr(Forward, "losses", losses)
         patch.setattr(checkpoint.Checkpoints, "save", note)
         with pytest.raises(Interrupted, match="stopped after step 5 of 12, which is saved") as interrupted:
             train(plan, telemetry)
@@ -154,7 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     whole, result, changes = uninterrupted
     plan = make_training(tmp_path, **changes)
     chance = random.Random(seed)
-    places = [(loop, "predict"), (loop, "collate"), (checkpoint, "_save_weights"), (checkpoint, "_describe"),
+    places = [(Forward, "losses"), (Batching, "read"), (checkpoint, "_save_weights"), (checkpoint, "_describe"),
               (checkpoint.shutil, "rmtree"), (Path, "rename"), (Evaluator, "__call__")]  # fmt: skip
     deaths = 0
     while True:
@@ -369,7 +371,7 @@ def test_classification_is_learnt_and_passes_its_gate(tmp_path: Path, method: st
 
 def test_head_learns_with_a_frozen_encoder(tmp_path: Path) -> None:
     plan = make_training(
-        tmp_path, {"train": 60, "validation": 30}, method="Head", training=LEARNS | {"learning_rate": 1e-2}
+        tmp_path, {"train": 150, "validation": 60}, method="Head", training=LEARNS | {"learning_rate": 1e-2}
     )
     scale_weights(plan, "encoder.layer", 8)
     result = train(plan)
@@ -462,6 +464,33 @@ def test_a_final_loss_that_is_not_finite_is_not_published(tmp_path: Path, monkey
         train(plan)
     assert caught.value.reason is Reason.NON_FINITE_LOSS
     assert not (tmp_path / "report" / "evaluation.json").exists()
+
+
+def test_a_gpu_that_runs_out_of_memory_gets_smaller_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step is done again from its start: the same rows, the same sum. What is too large for one row is an error."""
+    plan = make_training(tmp_path / "roomy", lora={"dropout": 0.0}, **GENERATION)
+    train(plan)
+    small = make_training(tmp_path / "small", lora={"dropout": 0.0}, **GENERATION)
+    most, original = 50, Forward.losses
+
+    def losses(self, batch):
+        if torch.is_grad_enabled() and batch.input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, batch)
+
+    monkeypatch.setattr(Forward, "losses", losses)
+    telemetry = Telemetry(Stage.TRAIN, small.job, 0)
+    result = train(small, telemetry)
+    assert result.train.micro_batch_tokens == telemetry.progress.micro_batch_tokens <= most
+    assert "does not hold the micro-batches of step 1" in caplog.text
+    wanted, found = weights(plan), weights(small)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
+    most = 5
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_training(tmp_path / "hopeless", lora={"dropout": 0.0}, **GENERATION))
 
 
 def test_a_learning_rate_that_explodes_is_found(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ class Rows:
         self._batches = batches
         self._starts = np.cumsum([0] + [len(batch.offsets) - 1 for batch in batches])
         counts = [np.diff(batch.offsets) for batch in batches]
+        self.features: npt.NDArray[np.float32] | None = None
+        """What a frozen encoder says of each row, [rows, width], where it was computed before (method Head)."""
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *counts])
 
     def __len__(self) -> int:

@@ -10,9 +10,9 @@ from finetune_api.spec import Task
 
 from finetune_trainer.data.store import Rows
 from finetune_trainer.evaluate.metrics import classification, generation
-from finetune_trainer.train.batches import collate, micro_batches
+from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
-from finetune_trainer.train.loss import predict
+from finetune_trainer.train.forward import Forward, cross_entropy
 
 OnBatch = Callable[[float], None]
 """Called before every micro-batch with the share of the rows that is done; may raise to stop."""
@@ -22,30 +22,31 @@ OnBatch = Callable[[float], None]
 class Evaluator:
     """All that an evaluation needs beside the model and the rows."""
 
-    task: Task
+    batching: Batching
     labels: list[str] | None
     device: Device
-    micro_batch_tokens: int
-    pad_token_id: int
 
-    def __call__(self, name: str, model: torch.nn.Module, data: Rows, on_batch: OnBatch) -> Evaluation:
-        """Scores of `model` on every row of `data`. Leaves the model in evaluation mode."""
-        model.eval()
+    def __call__(self, name: str, forward: Forward, data: Rows, on_batch: OnBatch) -> Evaluation:
+        """Scores of the model on every row of `data`. Leaves it in evaluation mode."""
+        forward.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
         predicted, true, targets, done = [], [], 0, 0
         with torch.no_grad(), self.device.autocast():
-            for rows in micro_batches(np.arange(len(data)), data.lengths, self.micro_batch_tokens):
+            for rows in self.batching.cut(data, np.arange(len(data))):
                 on_batch(done / len(data))
-                batch = collate(data, rows, self.pad_token_id, self.task)
-                predictions = predict(model, batch.to(self.device.torch_device))
-                loss += predictions.losses().sum()
+                batch = self.batching.read(data, rows)
+                there = batch.to(self.device.torch_device)
+                if forward.task is Task.CLASSIFICATION:
+                    logits = forward.logits(there)
+                    loss += cross_entropy(logits, there.targets).sum()
+                    predicted.append(logits.argmax(dim=-1))
+                    true.append(batch.targets)
+                else:
+                    loss += forward.losses(there).sum()
                 targets += len(batch.targets)
                 done += len(rows)
-                if self.task is Task.CLASSIFICATION:
-                    predicted.append(predictions.logits.argmax(dim=-1))
-                    true.append(batch.targets)
         mean = float(loss) / max(1, targets)
-        if self.task is Task.GENERATION:
+        if forward.task is Task.GENERATION:
             return generation(name, mean)
         return classification(
             name, torch.cat(true).numpy(), torch.cat(predicted).cpu().numpy(), mean, self.labels or []

@@ -36,6 +36,7 @@ METRICS = {
     "tokens_per_second": ("tokens_per_second", "Training speed in non-padding tokens."),
     "samples_per_second": ("samples_per_second", "Training speed in rows."),
     "peak_memory_bytes": ("peak_memory_bytes", "Peak memory of the accelerator, or resident memory on CPU."),
+    "micro_batch_tokens": ("micro_batch_tokens", "Most tokens of a micro-batch, lowered as a GPU ran out of memory."),
     "trainable_parameters": ("trainable_parameters", "Number of weights that are trained."),
     "updated_timestamp_seconds": ("updated_at", "Unix time of the last change."),
 }

@@ -1,12 +1,15 @@
-"""Which rows form which optimizer step, and how a step is cut into padded micro-batches.
+"""Which rows form which optimizer step, and how a step is cut into micro-batches.
 
 The batch plan is a pure function of (row lengths, batch size, seed): optimizer step k always has the same rows,
 so the cursor of a resume is k and nothing else.
 """
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,7 @@ from finetune_api.spec import BatchSize, Task
 
 from finetune_trainer.data.store import Rows
 
+CPU = torch.device("cpu")
 Indices = npt.NDArray[np.int64]
 
 
@@ -99,73 +103,215 @@ def cut_steps(lengths: npt.NDArray[np.int32], size: BatchSize) -> Indices:
     return np.array(cuts, np.int64)
 
 
-def micro_batches(rows: Indices, lengths: npt.NDArray[np.int32], most_tokens: int) -> list[Indices]:
+def packs(rows: Indices, lengths: npt.NDArray[np.int32], most_tokens: int) -> list[Indices]:
+    """Cuts rows into packs of about the same number of tokens, at most `most_tokens`; a longer row stands alone.
+
+    The next longest row goes to the pack that has least so far (Graham 1969, https://doi.org/10.1137/0117039), so all
+    packs need about as much time and memory as each other.
+    """
+    order = rows[np.argsort(-lengths[rows], kind="stable")].tolist()
+    count = max(1, math.ceil(int(lengths[rows].sum()) / most_tokens))
+    while True:
+        filled: list[tuple[int, int]] = [(0, pack) for pack in range(count)]
+        found: list[list[int]] = [[] for _ in range(count)]
+        for row in order:
+            tokens, pack = heapq.heappop(filled)
+            found[pack].append(row)
+            heapq.heappush(filled, (tokens + int(lengths[row]), pack))
+        if all(tokens <= most_tokens or len(found[pack]) == 1 for tokens, pack in filled):
+            return [np.array(pack, np.int64) for pack in found if pack]
+        count += math.ceil(count / 10)
+
+
+def padded_groups(
+    rows: Indices, lengths: npt.NDArray[np.int32], most_tokens: int, most_padding: int | None = None
+) -> list[Indices]:
     """Cuts rows into groups of at most `most_tokens` padded tokens; a longer row stands alone.
 
-    Rows of similar length come together, the longest first: a size that does not fit the memory shows at once.
+    Rows of similar length come together, the longest first: a size that does not fit the memory shows at once. A
+    group ends before its padding passes `most_padding` tokens, where one more forward pass is the cheaper way.
     """
     order = rows[np.argsort(-lengths[rows], kind="stable")]
     groups, start = [], 0
     while start < len(order):
-        count = max(1, most_tokens // max(1, int(lengths[order[start]])))
+        longest = int(lengths[order[start]])
+        count = max(1, most_tokens // max(1, longest))
+        if most_padding is not None:
+            padding = np.cumsum(longest - lengths[order[start : start + count]])
+            count = int(np.searchsorted(padding, most_padding, side="right"))
         groups.append(order[start : start + count])
         start += count
     return groups
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed sequence begin and end."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each, in their order."""
+    device: torch.device = CPU
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """The first token of each document and the end of the last: int32 [documents + 1] on the device."""
+        return _move(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """Rows padded on the right to the longest of them: b rows, t tokens, n losses."""
+    """What one forward pass sees: b sequences of t tokens, n losses.
+
+    Padded: a row is a sequence, padded on the right to the longest of them. Packed: the rows are documents that stand
+    one behind the other in one sequence.
+    """
 
     rows: Indices
     """Their numbers in the split, in the order of the tensors."""
     input_ids: torch.Tensor
     """int64 [b, t]"""
-    attention_mask: torch.Tensor | None
-    """int64 [b, t]: 1 for a token, 0 for padding; None if nothing is padded."""
     targets: torch.Tensor
     """What is to be predicted, int64 [n]: class ids with n = b (Classification), or supervised tokens."""
-    positions: torch.Tensor | None
-    """Row and position of the token before each target, int64 [2, n] (Generation)."""
     tokens: int
     """Tokens without padding."""
+    attention_mask: torch.Tensor | None = None
+    """int64 [b, t]: 1 for a token, 0 for padding; None if nothing is padded."""
+    positions: torch.Tensor | None = None
+    """The token before each target, counted through all b * t places: int64 [n] (Generation)."""
+    features: torch.Tensor | None = None
+    """What a frozen encoder says of each row, fp32 [b, width], where the head alone is run on that (Classification)."""
+    documents: Documents | None = None
+    """Set if it is packed."""
+    position_ids: torch.Tensor | None = None
+    """int64 [1, t], from 0 in each document (packed)."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            targets=move(self.targets),
-            positions=None if self.positions is None else move(self.positions),
+            input_ids=_move(self.input_ids, device),
+            targets=_move(self.targets, device),
+            attention_mask=self.attention_mask if self.attention_mask is None else _move(self.attention_mask, device),
+            positions=self.positions if self.positions is None else _move(self.positions, device),
+            features=self.features if self.features is None else _move(self.features, device),
+            documents=self.documents and replace(self.documents, device=device),
+            position_ids=self.position_ids if self.position_ids is None else _move(self.position_ids, device),
         )
 
 
-def collate(data: Rows, rows: Indices, pad_token_id: int, task: Task) -> MicroBatch:
-    """Reads and pads the given rows. The first token of a row has no token before it, so it is never a target."""
-    lengths = data.lengths[rows]
-    inside = np.arange(int(lengths.max())) < lengths[:, None]
-    ids = np.full(inside.shape, pad_token_id, np.int64)
-    ids[inside] = np.concatenate([data.input_ids(row) for row in rows.tolist()])
-    positions = None
-    if task is Task.CLASSIFICATION:
-        targets = np.array([data.label(row) for row in rows.tolist()], np.int64)
-    else:
-        supervised = np.zeros(inside.shape, np.bool_)
-        supervised[inside] = np.concatenate([data.loss_mask(row) for row in rows.tolist()])
-        where = np.stack(np.nonzero(supervised[:, 1:]))
-        targets = ids[where[0], where[1] + 1]
-        positions = torch.from_numpy(where)
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass
+class Batching:
+    """How rows become micro-batches."""
+
+    task: Task
+    packed: bool
+    micro_batch_tokens: int
+    """Most tokens of a micro-batch, padding included; `halve` lowers it."""
+    pad_token_id: int
+    most_padding: int | None = None
+    """Tokens of padding that a padded micro-batch may have."""
+
+    def cut(self, data: Rows, rows: Indices) -> list[Indices]:
+        """The rows of each micro-batch."""
+        if data.features is not None:  # a row is one vector, whatever its length
+            return np.array_split(rows, math.ceil(len(rows) / self.micro_batch_tokens))
+        if self.packed:
+            return packs(rows, data.lengths, self.micro_batch_tokens)
+        return padded_groups(rows, data.lengths, self.micro_batch_tokens, self.most_padding)
+
+    def read(self, data: Rows, rows: Indices) -> MicroBatch:
+        """The micro-batch of these rows."""
+        if data.features is not None:
+            return MicroBatch(
+                rows=rows,
+                input_ids=torch.zeros(len(rows), 1, dtype=torch.long),
+                targets=torch.from_numpy(_labels(data, rows)),
+                tokens=int(data.lengths[rows].sum()),
+                features=torch.from_numpy(data.features[rows]),
+            )
+        documents = [data.input_ids(row) for row in rows.tolist()]
+        if self.task is Task.GENERATION:
+            supervised = [data.loss_mask(row) for row in rows.tolist()]
+            return replace(arrange(documents, supervised, self.pad_token_id, self.packed), rows=rows)
+        return replace(padded(documents, _labels(data, rows), self.pad_token_id), rows=rows)
+
+    def halve(self, longest: int) -> bool:
+        """Makes micro-batches half as large; False if the `longest` row would then not fit any more."""
+        if self.micro_batch_tokens <= longest:
+            return False
+        self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
+        return True
+
+
+def padded(texts: Sequence[npt.NDArray[np.int64]], labels: npt.NDArray[np.int64], pad_token_id: int) -> MicroBatch:
+    """A micro-batch of labelled texts."""
+    ids, inside = _pad(texts, pad_token_id)
+    return MicroBatch(
+        rows=np.arange(len(texts)),
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(labels),
+        tokens=int(inside.sum()),
+        attention_mask=_mask(inside),
+    )
+
+
+def arrange(
+    documents: Sequence[npt.NDArray[np.int64]],
+    supervised: Sequence[npt.NDArray[np.bool_]],
+    pad_token_id: int,
+    packed: bool,
+) -> MicroBatch:
+    """A micro-batch of documents. The first token of one has no token before it, so it is never a target."""
+    lengths = [len(document) for document in documents]
+    learned = np.concatenate([np.append(mask[1:], False) for mask in supervised])  # seen from the token before
+    tokens = np.concatenate(documents)
+    before = np.flatnonzero(learned)
+    targets = torch.from_numpy(tokens[before + 1])
+    rows = np.arange(len(documents))
+    if packed:
+        return MicroBatch(
+            rows=rows,
+            input_ids=torch.from_numpy(tokens).unsqueeze(0),
+            targets=targets,
+            tokens=len(tokens),
+            positions=torch.from_numpy(before),
+            documents=Documents(tuple(lengths)),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).unsqueeze(0),
+        )
+    ids, inside = _pad(documents, pad_token_id)
     return MicroBatch(
         rows=rows,
         input_ids=torch.from_numpy(ids),
-        attention_mask=None if inside.all() else torch.from_numpy(inside.astype(np.int64)),
-        targets=torch.from_numpy(targets),
-        positions=positions,
-        tokens=int(lengths.sum()),
+        targets=targets,
+        tokens=len(tokens),
+        attention_mask=_mask(inside),
+        positions=torch.from_numpy(np.flatnonzero(inside)[before]),
     )
+
+
+def _pad(
+    documents: Sequence[npt.NDArray[np.int64]], pad_token_id: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Padded on the right, int64 [b, t], and where the tokens are, bool [b, t]."""
+    lengths = np.array([len(document) for document in documents])
+    inside = np.arange(int(lengths.max())) < lengths[:, None]
+    ids = np.full(inside.shape, pad_token_id, np.int64)
+    ids[inside] = np.concatenate(documents)
+    return ids, inside
+
+
+def _labels(data: Rows, rows: Indices) -> npt.NDArray[np.int64]:
+    return np.array([data.label(row) for row in rows.tolist()], np.int64)
+
+
+def _mask(inside: npt.NDArray[np.bool_]) -> torch.Tensor | None:
+    return None if inside.all() else torch.from_numpy(inside.astype(np.int64))

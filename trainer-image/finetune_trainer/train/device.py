@@ -24,6 +24,11 @@ class Device:
     name: str
     """For people: 'NVIDIA H100 80GB HBM3' or 'cpu'."""
 
+    @property
+    def most_padding(self) -> int:
+        """Tokens of padding whose computing takes about as long as one more forward and backward pass."""
+        return 8192 if self.torch_device.type == "cuda" else 64
+
     def autocast(self) -> AbstractContextManager[None]:
         """Computes in bf16 if that is the precision; weights that require grad stay fp32."""
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)

@@ -22,10 +22,10 @@ from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.adapters import head_weights, training_mode
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping
-from finetune_trainer.train.batches import BatchPlan, MicroBatch, collate, micro_batches
+from finetune_trainer.train.batches import Batching, BatchPlan, MicroBatch
 from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
-from finetune_trainer.train.loss import predict
+from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
 from finetune_trainer.train.schedule import learning_rate
 
@@ -37,9 +37,10 @@ class Loop:
     """One run. `state` is where it stands; it changes as `run` goes on."""
 
     plan: Plan
-    model: torch.nn.Module
+    forward: Forward
     optimizer: torch.optim.Optimizer
     batches: BatchPlan
+    batching: Batching
     train: Rows
     validation: Rows
     evaluator: Evaluator
@@ -57,6 +58,7 @@ class Loop:
     """First step with a loss or gradient that is not finite, or -1; on the device."""
 
     def __post_init__(self) -> None:
+        self.model = self.forward.model
         self._saved = self.state if self.state.step else None
         self._interval = self._new_interval()
         every, total = self.plan.training.evaluation_steps or self.batches.total_steps, self.batches.total_steps
@@ -90,9 +92,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
         training_mode(self.model, head_only=head_first or self.plan.method is MethodType.HEAD)
-        micro = self._read(step)
-        only = self._head if head_first else None
-        loss = accumulate_gradients(self.model, micro, self.device, [training.seed, step], self._beat, only=only)
+        loss, micro = self._accumulate(step, self._head if head_first else None)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,9 +124,23 @@ class Loop:
             first = self.head_steps
         return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
-    def _read(self, step: int) -> list[MicroBatch]:
-        groups = micro_batches(self.batches.rows(step), self.train.lengths, self.evaluator.micro_batch_tokens)
-        return [collate(self.train, rows, self.evaluator.pad_token_id, self.plan.task) for rows in groups]
+    def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, list[MicroBatch]]:
+        """The gradients of a step. If the GPU has too little memory, in smaller micro-batches: the sum is the same."""
+        rows, seed = self.batches.rows(step), [self.plan.training.seed, step]
+        while True:
+            micro = [self.batching.read(self.train, group) for group in self.batching.cut(self.train, rows)]
+            try:
+                return accumulate_gradients(self.forward, micro, self.device, seed, self._beat, only=only), micro
+            except torch.OutOfMemoryError:
+                if not self.batching.halve(int(self.train.lengths.max())):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.telemetry.update(micro_batch_tokens=self.batching.micro_batch_tokens)
+            logger.warning(
+                "The GPU's memory does not hold the micro-batches of step %d: going on with %d tokens in each",
+                step + 1, self.batching.micro_batch_tokens,
+            )  # fmt: skip
 
     def _count(self, loss: torch.Tensor, micro: list[MicroBatch]) -> None:
         now = time.monotonic()
@@ -162,7 +176,7 @@ class Loop:
         if self._interval.rows:
             self._report()  # this may be the last step
         self.telemetry.update(activity="Evaluating")
-        result = self.evaluator("tuned", self.model, self.validation, lambda _done: self._beat())
+        result = self.evaluator("tuned", self.forward, self.validation, lambda _done: self._beat())
         step = self.state.step
         if not np.isfinite(result.metrics[Metric.LOSS]):
             raise self._non_finite("loss on validation", step)
@@ -253,7 +267,7 @@ class Loop:
 
 
 def accumulate_gradients(
-    model: torch.nn.Module,
+    forward: Forward,
     micro: list[MicroBatch],
     device: Device,
     seed: list[int],
@@ -273,7 +287,7 @@ def accumulate_gradients(
         beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
-            loss = predict(model, batch.to(device.torch_device)).losses().sum()
+            loss = forward.losses(batch.to(device.torch_device)).sum()
         (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total

@@ -13,7 +13,7 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Result, TrainResult
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
-from finetune_api.spec import BatchSize, Metric, Task
+from finetune_api.spec import BatchSize, MethodType, Metric, Task
 from finetune_api.status import Score, decimal
 from pydantic import ValidationError
 
@@ -25,9 +25,12 @@ from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping
-from finetune_trainer.train.batches import BatchPlan
+from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
+from finetune_trainer.train.features import find_encoder
+from finetune_trainer.train.forward import Forward, prove
+from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
@@ -98,18 +101,18 @@ class _Run:
 
     def result(self) -> Result:
         newest = self.checkpoints.newest()
-        model, evaluator = self._prepare_model()
-        untuned = self._untuned_baseline(model, evaluator) if self.plan.task is Task.GENERATION else None
-        state = self._train(model, evaluator, newest)
+        forward, evaluator = self._prepare_model()
+        untuned = self._untuned_baseline(forward, evaluator) if self.plan.task is Task.GENERATION else None
+        state = self._train(forward, evaluator, newest)
         self.telemetry.update(total_steps=state.step)
-        self.checkpoints.load_best(model)
-        tuned = evaluator("tuned", model, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
+        self.checkpoints.load_best(forward.model)
+        tuned = evaluator("tuned", forward, self.final, self._on_batch("Final evaluation", TRAINING_SHARE, 1.0))
         if not np.isfinite(tuned.metrics[Metric.LOSS]):
             what = f"loss of the tuned model on the {self.final_split} split is not a finite number"
             raise non_finite(self.plan, what, "the trained model is kept in checkpoints/best")
-        return self._conclude(state, tuned, untuned or self._majority_baseline(), model)
+        return self._conclude(state, tuned, untuned or self._majority_baseline(), forward, evaluator.batching)
 
-    def _prepare_model(self) -> tuple[torch.nn.Module, Evaluator]:
+    def _prepare_model(self) -> tuple[Forward, Evaluator]:
         self.telemetry.update(
             activity="Loading the model",
             total_steps=self.batches.total_steps,
@@ -120,26 +123,43 @@ class _Run:
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
         model.to(self.device.torch_device)
+        if self.device.torch_device.type == "cpu":
+            speed_up(model)
+        forward = prove(model, self.plan.task, self.device)
+        batching = Batching(
+            task=self.plan.task,
+            packed=forward.packs,
+            micro_batch_tokens=_micro_batch_tokens(self.plan),
+            pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
+            most_padding=self.device.most_padding,
+        )
+        if self.plan.method is MethodType.HEAD:
+            forward = self._encode_once(forward, batching)
         trainable = _count(model)
-        self.telemetry.update(trainable_parameters=trainable)
+        self.telemetry.update(trainable_parameters=trainable, batching=forward.batching)
         logger.info(
-            "Training %d weights on %s in %s: %d steps on %d rows",
+            "Training %d weights on %s in %s: %d steps on %d rows, %s",
             trainable,
             self.device.name,
             self.device.precision.value,
             self.batches.total_steps,
             len(self.train),
+            forward.batching,
         )
-        evaluator = Evaluator(
-            task=self.plan.task,
-            labels=self.manifest.labels,
-            device=self.device,
-            micro_batch_tokens=_micro_batch_tokens(self.plan),
-            pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
-        )
-        return model, evaluator
+        return forward, Evaluator(batching, self.manifest.labels, self.device)
 
-    def _train(self, model: torch.nn.Module, evaluator: Evaluator, newest: Path | None) -> RunState:
+    def _encode_once(self, forward: Forward, batching: Batching) -> Forward:
+        """The frozen encoder's features of all rows, and the way to run the head on them; if it can be run so."""
+        encoder = find_encoder(forward, self.device)
+        if encoder is None:
+            return forward
+        for data in {id(data): data for data in (self.train, self.validation, self.final)}.values():
+            on_batch = self._on_batch("Encoding the rows with the frozen encoder", 0.0, 0.0)
+            encoder.encode(data, batching, self.workspace.root, on_batch)
+        return encoder.forward
+
+    def _train(self, forward: Forward, evaluator: Evaluator, newest: Path | None) -> RunState:
+        model = forward.model
         optimizer = make_optimizer(model, self.plan.training.weight_decay)
         state = RunState()
         if newest is not None:
@@ -155,9 +175,10 @@ class _Run:
         )
         return Loop(
             plan=self.plan,
-            model=model,
+            forward=forward,
             optimizer=optimizer,
             batches=self.batches,
+            batching=evaluator.batching,
             train=self.train,
             validation=self.validation,
             evaluator=evaluator,
@@ -175,13 +196,13 @@ class _Run:
             return None
         return early_stopping.explain(settings, state.improvement, deciding_metric(self.plan), state.step, total)
 
-    def _untuned_baseline(self, model: torch.nn.Module, evaluator: Evaluator) -> Evaluation:
+    def _untuned_baseline(self, forward: Forward, evaluator: Evaluator) -> Evaluation:
         """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
         path = self.workspace.checkpoints / BASELINE
         known = _recall(path, self.digest, Evaluation)
         if known is None:
             name = START if self.plan.model.adapter else UNTUNED
-            known = evaluator(name, model, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
+            known = evaluator(name, forward, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
             _remember(path, self.digest, known)
         return known
 
@@ -197,7 +218,9 @@ class _Run:
 
         return report
 
-    def _conclude(self, state: RunState, tuned: Evaluation, baseline: Evaluation, model: torch.nn.Module) -> Result:
+    def _conclude(
+        self, state: RunState, tuned: Evaluation, baseline: Evaluation, forward: Forward, batching: Batching
+    ) -> Result:
         scores = [
             Score(
                 metric=metric.value,
@@ -218,7 +241,9 @@ class _Run:
             best_step=best.step if best else state.step,
             precision=self.device.precision.value,
             device=self.device.name,
-            trainable_parameters=_count(model),
+            trainable_parameters=_count(forward.model),
+            batching=forward.batching,
+            micro_batch_tokens=batching.micro_batch_tokens,
             training_loss=state.training_loss,
             evaluation_loss=state.evaluation_loss,
             tokens_per_second=state.tokens / max(state.seconds, 1e-9),
