@@ -76,6 +76,7 @@ def full_status() -> FineTuneJobStatus:
             trainable_parameters=100_000,
             frozen_parameters=22_713_216,
             frozen_linear_parameters=10_616_832,
+            supports_checkpointing=True,
             activations=ActivationStatus(
                 precision=Precision.BF16, fixed_bytes=200_000, bytes_per_token=190_000, bytes_per_token_pair=0
             ),

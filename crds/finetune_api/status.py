@@ -107,6 +107,7 @@ class ModelStatus(Document):
     trainable_parameters: int | None = Field(None, description="Weights that method trains, adapters and head included.")
     frozen_parameters: int | None = Field(None, description="Weights that method leaves as they are.")
     frozen_linear_parameters: int | None = Field(None, description="Those of them that are in linear layers before the output layer: what lower precision makes smaller.")
+    supports_checkpointing: bool | None = Field(None, description="Whether its blocks can compute their activations again.")
     activations: ActivationStatus | None = Field(None, description="Memory of a training pass beside weights and logits.")
 
 

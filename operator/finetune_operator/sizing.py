@@ -30,7 +30,7 @@ LOGITS_CHUNK = 256 * 2**20
 LOGITS_COPIES = 3
 """Logits, their log-softmax and their gradient."""
 
-CPU_RUNTIME = 640 * 2**20
+CPU_RUNTIME = 512 * 2**20
 """A process with torch, transformers and peft, before any weights."""
 
 GPU_RUNTIME = 1 * GIB
@@ -38,6 +38,10 @@ GPU_RUNTIME = 1 * GIB
 
 FRAGMENTATION = 0.05
 """Share of what is allocated that the allocator holds beyond it."""
+
+CPU_HEAP = 0.75
+"""Share of the activations that glibc keeps in holes between them where memory is not limited; measured between 0.4
+(Full) and 1.2 (LoRA). With a limit, the trainer has it give them back."""
 
 LARGEST = 2**60
 """Bytes: more than any machine has."""
@@ -145,19 +149,21 @@ def plan_memory(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatu
     counts = (job.gpus,) if spec.resources.gpus is not None or job.gpus == 0 else GPU_COUNTS
     tried: list[MemoryPlan] = []
     for count in counts:
-        for checkpointing in (False, True) if wanted is None else (wanted,):
+        for checkpointing in (
+            (False, True) if wanted is None and model.supports_checkpointing is not False else (bool(wanted),)
+        ):
             candidate = replace(job, gpus=count)
             tokens = spec.training.micro_batch_tokens or _most_tokens(candidate, checkpointing, limit)
             tokens = max(candidate.longest, min(tokens, candidate.batch_tokens))
-            memory = estimate(candidate, tokens, checkpointing)
+            memory = estimate(candidate, tokens, checkpointing, limited=limit is not None)
             tried.append(MemoryPlan(count, tokens, checkpointing, memory, limit))
             if tried[-1].fits:
                 return tried[-1]
     return min(tried, key=lambda plan: plan.memory.total)
 
 
-def estimate(training: Training, tokens: int, checkpointing: bool) -> Memory:
-    """Memory of one device whose passes hold `tokens` tokens.
+def estimate(training: Training, tokens: int, checkpointing: bool, *, limited: bool = True) -> Memory:
+    """Memory of one device whose passes hold `tokens` tokens; `limited` says whether its memory is known.
 
     Weights, gradients and Adam's two moments: fp32, 16 bytes per trained weight (Rajbhandari et al. 2020, ZeRO,
     https://arxiv.org/abs/1910.02054, section 3.1); the other weights 4 bytes, in frozen linear layers 2 with bf16.
@@ -175,6 +181,8 @@ def estimate(training: Training, tokens: int, checkpointing: bool) -> Memory:
         overhead=0,
     )
     overhead = int(FRAGMENTATION * held.total) + (GPU_RUNTIME if training.gpus else CPU_RUNTIME)
+    if not (limited or training.gpus):
+        overhead += int(CPU_HEAP * held.activations)
     if training.shards > 1:  # one block is put together while the next one is on its way
         overhead += 2 * bytes_each * (trained + frozen) // (training.model.layers or 1)
     return replace(held, overhead=overhead)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.adapters import training_mode, without_adapters
 from finetune_trainer.train.device import cast_frozen, castable_layers
+from finetune_trainer.train.memory import check_checkpointing, supports_checkpointing
 
 logger = logging.getLogger(__name__)
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it says is said here
@@ -36,6 +37,7 @@ def add_footprint(facts: ModelStatus, build: Callable[[], torch.nn.Module], plan
     """
     try:
         skeleton = build()
+        check_checkpointing(skeleton, plan)
         facts = facts.model_copy(update=_count(skeleton))
         activations = measure_activations(skeleton, plan, facts.context_length)
     except UserError:
@@ -87,6 +89,7 @@ def _count(skeleton: torch.nn.Module) -> dict[str, int]:
     return {
         "trainable_parameters": trained,
         "frozen_parameters": sum(weight.numel() for weight in skeleton.parameters()) - trained,
+        "supports_checkpointing": supports_checkpointing(skeleton),
         "frozen_linear_parameters": sum(
             weight.numel() for layer in castable_layers(skeleton) for weight in layer.parameters()
         ),

@@ -62,6 +62,7 @@ def model_card(
         *_data(data),
         "## Training",
         _table(("Setting", "Value"), _settings(plan, data, best_step)),
+        *_memory(evaluation),
         "## Software",
         _table(("Package", "Version"), versions.items()),
     ]
@@ -195,6 +196,7 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "warm-up ratio": training.warmup_ratio,
         "batch size": batch,
         "micro-batch tokens": training.micro_batch_tokens,
+        "activation checkpointing": training.activation_checkpointing and "on",
         "longest row in tokens": data.summary.max_length,
         "precision": training.precision and training.precision.value,
         "weight decay": training.weight_decay,
@@ -205,6 +207,14 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "GPUs": plan.device.gpus * plan.device.nodes,
     }
     return [(name, value) for name, value in settings.items() if value is not None]
+
+
+def _memory(evaluation: EvaluationReport) -> list[str]:
+    peak, estimate = evaluation.peak_memory_bytes, evaluation.estimated_memory_bytes
+    if peak is None:
+        return []
+    expected = f"; {estimate / 2**30:.2f} GiB were expected" if estimate else ""
+    return [f"Training held at most {peak / 2**30:.2f} GiB{expected}."]
 
 
 def _head_first(first: PlanHeadFirst) -> str:

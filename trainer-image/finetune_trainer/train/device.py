@@ -34,9 +34,9 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
 
     def peak_memory(self) -> int:
-        """Bytes: allocated on the accelerator, or resident on CPU; the most since the process began."""
+        """Bytes: held by the accelerator's allocator, or resident on CPU; the most since the process began."""
         if self.torch_device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.torch_device))
+            return int(torch.cuda.max_memory_reserved(self.torch_device))
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -32,6 +32,7 @@ from finetune_trainer.train.features import find_encoder
 from finetune_trainer.train.forward import Forward, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
+from finetune_trainer.train.memory import check_checkpointing, checkpoint_activations, return_free_memory
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
@@ -119,6 +120,8 @@ class _Run:
             precision=self.device.precision.value,
             device=self.device.name,
         )
+        if self.device.torch_device.type == "cpu" and self.plan.device.memory_limit_bytes is not None:
+            return_free_memory()
         model = build_model(self.plan, self.workspace, self.manifest.labels)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
@@ -126,6 +129,9 @@ class _Run:
         if self.device.torch_device.type == "cpu":
             speed_up(model)
         forward = prove(model, self.plan.task, self.device)
+        if self.plan.training.activation_checkpointing:
+            check_checkpointing(model, self.plan)
+            checkpoint_activations(model)
         batching = Batching(
             task=self.plan.task,
             packed=forward.packs,
@@ -230,8 +236,16 @@ class _Run:
             for metric in self.plan.evaluation.metrics
         ]
         gate = judge(self.plan.evaluation.gate, tuned, baseline) if self.plan.evaluation.gate else None
+        peak_memory = self.device.peak_memory()
         report = EvaluationReport(
-            split=self.final_split, rows=len(self.final), tuned=tuned, baseline=baseline, scores=scores, gate=gate
+            split=self.final_split,
+            rows=len(self.final),
+            tuned=tuned,
+            baseline=baseline,
+            scores=scores,
+            gate=gate,
+            peak_memory_bytes=peak_memory,
+            estimated_memory_bytes=self.plan.device.estimated_memory_bytes,
         )
         write_file(self.workspace.report / EVALUATION_REPORT, report.to_json(indent=2))
         best = self.checkpoints.best()
@@ -248,7 +262,7 @@ class _Run:
             evaluation_loss=state.evaluation_loss,
             tokens_per_second=state.tokens / max(state.seconds, 1e-9),
             samples_per_second=state.rows / max(state.seconds, 1e-9),
-            peak_memory_bytes=self.device.peak_memory(),
+            peak_memory_bytes=peak_memory,
             split=self.final_split,
             baseline=baseline.name,
             scores=scores,
