@@ -118,7 +118,8 @@ class PlanDevice(Document):
     nodes: int
     allow_cpu_fallback: bool
     memory_limit_bytes: int | None = Field(None, description="Memory of a GPU, or on CPU of the process; None: not known. Set in the train plan.")
-    estimated_memory_bytes: int | None = Field(None, description="Of the memory plan, per device, for the evidence. Set in the train plan.")
+    estimated_memory_bytes: int | None = Field(None, description="Of the memory plan, per device. Set in the train plan.")
+    peak_memory_bytes: int | None = Field(None, description="Measured by training, for the model card. Set in the publish plan.")
 
 
 class PlanOutput(Document):

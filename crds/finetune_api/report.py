@@ -78,6 +78,4 @@ class EvaluationReport(Document):
     tuned: Evaluation
     baseline: Evaluation
     scores: list[Score] = Field(description="The metrics that the spec asks for, tuned against baseline.")
-    peak_memory_bytes: int | None = Field(None, description="Most that training held, of the accelerator or of the process on CPU.")
-    estimated_memory_bytes: int | None = Field(None, description="What the memory plan had said it would hold.")
     gate: GateResult | None = None

@@ -338,7 +338,13 @@ def _size(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> Plan:
         "activation_checkpointing": memory.activation_checkpointing,
     }
     left_open = {name: value for name, value in chosen.items() if getattr(training, name) is None}
-    device = {"gpus": memory.gpus, "memory_limit_bytes": memory.limit, "estimated_memory_bytes": memory.memory.total}
+    measured = resource.status.memory.peak_bytes if resource.status.memory else None
+    device = {
+        "gpus": memory.gpus,
+        "memory_limit_bytes": memory.limit,
+        "estimated_memory_bytes": memory.memory.total,
+        "peak_memory_bytes": measured,
+    }
     return plan.model_copy(
         update={
             "training": training.model_copy(update=left_open),

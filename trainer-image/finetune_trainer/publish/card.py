@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from finetune_api.plan import Plan, PlanEarlyStopping, PlanHeadFirst
+from finetune_api.plan import Plan, PlanDevice, PlanEarlyStopping, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
@@ -62,7 +62,7 @@ def model_card(
         *_data(data),
         "## Training",
         _table(("Setting", "Value"), _settings(plan, data, best_step)),
-        *_memory(evaluation),
+        *_memory(plan.device),
         "## Software",
         _table(("Package", "Version"), versions.items()),
     ]
@@ -209,8 +209,8 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
     return [(name, value) for name, value in settings.items() if value is not None]
 
 
-def _memory(evaluation: EvaluationReport) -> list[str]:
-    peak, estimate = evaluation.peak_memory_bytes, evaluation.estimated_memory_bytes
+def _memory(device: PlanDevice) -> list[str]:
+    peak, estimate = device.peak_memory_bytes, device.estimated_memory_bytes
     if peak is None:
         return []
     expected = f"; {estimate / 2**30:.2f} GiB were expected" if estimate else ""

@@ -236,16 +236,8 @@ class _Run:
             for metric in self.plan.evaluation.metrics
         ]
         gate = judge(self.plan.evaluation.gate, tuned, baseline) if self.plan.evaluation.gate else None
-        peak_memory = self.device.peak_memory()
         report = EvaluationReport(
-            split=self.final_split,
-            rows=len(self.final),
-            tuned=tuned,
-            baseline=baseline,
-            scores=scores,
-            gate=gate,
-            peak_memory_bytes=peak_memory,
-            estimated_memory_bytes=self.plan.device.estimated_memory_bytes,
+            split=self.final_split, rows=len(self.final), tuned=tuned, baseline=baseline, scores=scores, gate=gate
         )
         write_file(self.workspace.report / EVALUATION_REPORT, report.to_json(indent=2))
         best = self.checkpoints.best()
@@ -262,7 +254,7 @@ class _Run:
             evaluation_loss=state.evaluation_loss,
             tokens_per_second=state.tokens / max(state.seconds, 1e-9),
             samples_per_second=state.rows / max(state.seconds, 1e-9),
-            peak_memory_bytes=peak_memory,
+            peak_memory_bytes=self.device.peak_memory(),
             split=self.final_split,
             baseline=baseline.name,
             scores=scores,
