@@ -106,6 +106,7 @@ class PlanTraining(Document):
     checkpoint_steps: int | None = Field(None, description="Set in the train plan.")
     evaluation_steps: int | None = Field(None, description="Set in the train plan.")
     early_stopping: PlanEarlyStopping | None = None
+    compile: bool = False
 
 
 class PlanEvaluation(Document):

@@ -280,6 +280,7 @@ class TrainingSpec(Document):
         None, description="End training when the metric that chooses the best checkpoint no longer improves on validation: the first of evaluation.metrics (Classification) or loss (Generation). "
         "Evaluations of method.headFirst do not count. Left out: all steps are done."
     )
+    compile: bool = Field(False, description="Have torch.compile make kernels for the GPU: it starts minutes later and then each step is faster. On CPU it does nothing.")
 
 
 class Gate(Document):

@@ -316,6 +316,7 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         )
         if wanted.early_stopping
         else None,
+        compile=wanted.compile,
     )
 
 

@@ -158,6 +158,7 @@ def test_what_the_user_says_stays_also_where_it_is_zero():
         "checkpointSteps": 11,
         "evaluationSteps": 13,
         "earlyStopping": {"patience": 2, "minimumImprovement": 0},
+        "compile": True,
     }
     lora = {"rank": 4, "dropout": 0, "targetModules": ["query"]}
     plan = make_plan(Stage.TRAIN, prepared=True, training=training, method={"type": "LoRA", "lora": lora})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from finetune_api.spec import BatchSize, Task
 from finetune_trainer.data.store import Rows, TokenizedRow, open_split, write_split
-from finetune_trainer.train.batches import Batching, BatchPlan, packs, padded_groups
+from finetune_trainer.train.batches import Batching, BatchPlan, bucket, packs, padded_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,6 +148,26 @@ def test_packed_documents_stand_side_by_side_and_count_their_own_positions(tmp_p
     assert batch.documents.lengths == (2, 4)
     assert batch.documents.starts.tolist() == [0, 2, 6]
     assert batch.attention_mask is None
+
+
+@given(st.integers(1, 10**6))
+def test_buckets_are_few_and_hardly_longer(length: int) -> None:
+    assert length <= bucket(length) <= max(length + 7, 1.125 * length)
+    power = 1 << length.bit_length()
+    assert length > 10_000 or len({bucket(other) for other in range(power, 2 * power)}) <= 9
+
+
+def test_a_lengthened_pack_has_one_more_document_without_targets(tmp_path: Path) -> None:
+    data = _write(tmp_path, DOCUMENTS, Task.GENERATION)
+    batching = Batching(Task.GENERATION, True, micro_batch_tokens=100, pad_token_id=0)
+    plain = batching.read(data, np.arange(3))
+    batching.in_buckets = True
+    longer = batching.read(data, np.arange(3))
+    assert longer.documents.lengths == (4, 2, 1, 1)
+    assert longer.input_ids.tolist() == [[*plain.input_ids[0].tolist(), 0]]
+    assert longer.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 0]]
+    assert torch.equal(longer.positions, plain.positions)
+    assert longer.tokens == plain.tokens == 7
 
 
 def test_micro_batches_can_be_halved_down_to_the_longest_row() -> None:

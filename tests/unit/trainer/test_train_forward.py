@@ -12,7 +12,7 @@ from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.train import forward as forward_module
 from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
-from finetune_trainer.train.forward import Forward, prove
+from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import accumulate_gradients
 from finetune_trainer.workspace import Workspace
@@ -155,6 +155,27 @@ def test_packed_and_accumulated_gradients_are_those_of_padded_execution(
         micro = [batching.read(completions, group) for group in batching.cut(completions, rows)]
         assert float(accumulate_gradients(forward, micro, CPU, [1, 0])) == pytest.approx(loss, rel=1e-6)
         assert relative_error(gradients_of(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gemma2, which caps scores and logits and has windows"])
+def test_compiled_blocks_give_the_same_and_are_few(completions: Rows, decoder: str) -> None:
+    """Without kernels, which need a compiler of C++: what is tested is that other documents are no other graph."""
+    model = make(PACKING[decoder]).eval()
+    forward = prove(model, Task.GENERATION, CPU)
+    batching = Batching(Task.GENERATION, True, 64, 0, in_buckets=True)
+    batches = [batching.read(completions, group) for group in batching.cut(completions, np.arange(24))]
+    expected = [forward.losses(batch).detach() for batch in batches]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(forward, backend="aot_eager")
+    for batch, losses in zip(batches, expected, strict=True):
+        found = forward.losses(batch)
+        torch.testing.assert_close(found.detach(), losses)
+        found.sum().backward()
+    lengths = {batch.input_ids.shape[1] for batch in batches}
+    assert len(batches) > 2 * len(lengths)
+    # a block is cut at its attention into a few graphs; local and global layers differ
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8 * len(lengths)
 
 
 @pytest.mark.parametrize("case", PADDED)

@@ -74,7 +74,8 @@ def packed_attention(
 
 def register() -> None:
     """Makes `PACKED` known to transformers."""
-    AttentionInterface.register(PACKED, packed_attention)
+    # its loop over documents would be another graph for every batch: torch.compile goes around it
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
 
 
 def _has_flash_attention(query: torch.Tensor) -> bool:

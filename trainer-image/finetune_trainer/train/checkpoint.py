@@ -105,7 +105,7 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     again, nor the device.
     """
     spec = plan.to_dict()
-    free = {"checkpointSteps", "microBatchTokens", "activationCheckpointing", "precision"}
+    free = {"activationCheckpointing", "checkpointSteps", "compile", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
     settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from finetune_trainer.model.adapters import block_lists
 from finetune_trainer.train import attention
 from finetune_trainer.train.attention import PACKED, CannotPackError
 from finetune_trainer.train.batches import MicroBatch, arrange
@@ -28,6 +29,8 @@ LOGITS_BYTES = 256 * 2**20
 GPU busy, where those of all 8,192 tokens of a micro-batch would take 4 GiB, and as much again for their gradients."""
 
 KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
+MOST_GRAPHS = 256
+"""Of one piece of code: eight lengths per power of two, in training and in evaluation, and then some."""
 PROBE_LENGTHS = (5, 9, 4)
 EXACT, ROUNDED = 1e-5, 3e-2
 
@@ -104,6 +107,18 @@ def prove(model: torch.nn.Module, task: Task, device: Device) -> Forward:
             return _prove(model.eval(), device)
     finally:
         model.train(training)
+
+
+def compile_blocks(forward: Forward, backend: str = "inductor") -> None:
+    """Has torch.compile make kernels of each transformer block, whose attention stays as it is.
+
+    Packed, there is one graph per length (see `Batching.in_buckets`); padded, whose shapes have two sides, few for all.
+    """
+    own = foundation(forward.model)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    for name in block_lists(own):
+        for block in own.get_submodule(name).children():
+            block.compile(backend=backend, dynamic=False if forward.packs else None)
 
 
 def foundation(model: torch.nn.Module) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
 from finetune_trainer.train.features import find_encoder
-from finetune_trainer.train.forward import Forward, prove
+from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.memory import check_checkpointing, checkpoint_activations, return_free_memory
@@ -139,6 +139,9 @@ class _Run:
             pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
             most_padding=self.device.most_padding,
         )
+        if self.plan.training.compile and self.device.torch_device.type == "cuda":
+            compile_blocks(forward)
+            batching.in_buckets = forward.packs
         if self.plan.method is MethodType.HEAD:
             forward = self._encode_once(forward, batching)
         trainable = _count(model)
