@@ -2,7 +2,6 @@
 
 import resource
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,20 +166,16 @@ def test_checkpointing_that_the_model_cannot_do_is_refused_in_prepare(tmp_path: 
     assert caught.value.reason is Reason.INVALID_SPEC
 
 
-def test_widths_are_found_under_the_names_that_families_use() -> None:
-    from finetune_trainer.model.facts import _intermediate_size
-
-    found = [
-        _intermediate_size(config)
-        for config in (
-            AutoConfig.for_model("llama", intermediate_size=688),
-            AutoConfig.for_model("gpt2", n_embd=64),
-            AutoConfig.for_model("distilbert", hidden_dim=99),
-            AutoConfig.for_model("qwen3_moe", moe_intermediate_size=96, num_experts_per_tok=8),
-            SimpleNamespace(),
-        )
+def test_widths_are_found_under_the_names_that_families_use(tmp_path: Path) -> None:
+    configs = [
+        AutoConfig.for_model("llama", intermediate_size=688),
+        AutoConfig.for_model("gpt2", n_embd=64),
+        AutoConfig.for_model("distilbert", hidden_dim=99),
+        AutoConfig.for_model("qwen3_moe", moe_intermediate_size=96, num_experts_per_tok=8),
     ]
-    assert found == [688, 256, 99, 768, None]
+    assert [read_facts(tmp_path, config).intermediate_size for config in configs] == [688, 256, 99, 768]
+    grouped = read_facts(tmp_path, AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=2))
+    assert (grouped.attention_heads, grouped.key_value_heads) == (8, 2)
 
 
 def test_a_short_context_is_no_obstacle(tmp_path: Path) -> None:
