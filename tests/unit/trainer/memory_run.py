@@ -33,19 +33,21 @@ class Shape:
     layers: int = 16
     vocabulary: int = 4096
     tokens: int = 2048
-    """Of a pass; a step has two."""
+    """Of a pass."""
+    steps: int = 1
+    """With 2, each of two passes: then gradients and the optimizer's moments are there beside the activations."""
 
 
 def make_run(folder: Path, shape: Shape, **changes: Any) -> Plan:
-    """Writes a workspace and the plan of two optimizer steps of two passes each, in full rows."""
+    """Writes a workspace with rows of full length, and its plan."""
     steps = {
         "epochs": None,
-        "max_steps": 2,
-        "batch_sequences": 2 * shape.tokens // LENGTH,
+        "max_steps": shape.steps,
+        "batch_sequences": shape.steps * shape.tokens // LENGTH,
         "micro_batch_tokens": shape.tokens,
         "max_length": LENGTH,
-        "checkpoint_steps": 2,
-        "evaluation_steps": 2,
+        "checkpoint_steps": shape.steps,
+        "evaluation_steps": shape.steps,
     }
     limited = {"memory_limit_bytes": 2**40}
     plan = make_plan(folder, **{**changes, "training": steps | changes.get("training", {}), "device": limited})
@@ -54,7 +56,7 @@ def make_run(folder: Path, shape: Shape, **changes: Any) -> Plan:
     random = np.random.default_rng(0)
     splits = {
         split: write_split(workspace.data / split, [_row(random, plan.task) for _ in range(rows)], plan.task)
-        for split, rows in {"train": 4 * shape.tokens // LENGTH, "validation": 2}.items()
+        for split, rows in {"train": shape.steps**2 * shape.tokens // LENGTH, "validation": 2}.items()
     }
     labels = LABELS if plan.task is Task.CLASSIFICATION else None
     manifest = DataManifest(task=plan.task, labels=labels, max_length=LENGTH, fingerprint="f" * 64, splits=splits)
