@@ -23,6 +23,7 @@ CLASSIFICATION: Manifest = {
     "dataset": {"sources": TEXTS},
 }
 GENERATION: Manifest = {"task": "Generation", "model": {"uri": "hf://owner/decoder"}, "dataset": {"sources": TEXTS}}
+PREFERENCE: Manifest = {**GENERATION, "method": {"dpo": {}}}
 
 
 def manifest(spec: Manifest, changes: Changes, name: str = "example") -> Manifest:
@@ -156,7 +157,7 @@ BOUNDS = [
     _too_many("dataset.sources", 32, TEXTS[0]),
     _choice("dataset.sources", _source(format="CSV"), "[0].format"),
     *(_too_long("dataset.sources", 128, _source(columns={column: "x" * 129}), f"[0].columns.{column}")
-      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output")),
+      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output", "chosen", "rejected")),
     _bound("dataset.sources", _source(columns={"label": ""}), "at least 1 chars long", "at least 1 character",
            place="[0].columns.label"),
     _bound("dataset.validation.sources", [], "should have at least 1 items", "should have at least 1 item"),
@@ -176,6 +177,8 @@ BOUNDS = [
     _bound("method.lora.targetModules", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("method.lora.targetModules", 64, "x"),
     _bound("method.lora.targetModules", [""], "at least 1 chars long", "at least 1 character", place="[0]"),
+    _choice("method.lora.quantization", "nf4"),
+    *_range("method.dpo.beta", 0, "greater than 0", 101, "less than or equal to 100"),
     *_range("method.trainable.lastLayers", 0, "greater than or equal to 1", 1025, "less than or equal to 1024"),
     *_range("method.headFirst.epochs", 0, "greater than 0", 1001, "less than or equal to 1000"),
     *_range("method.headFirst.steps", 0, "greater than or equal to 1", 100_000_001, "less than or equal to"),
@@ -443,6 +446,30 @@ RULES = [
             field="spec.dataset.validation.sources", words="task Classification reads format LabelledText"),
     Invalid("test in another format", {"dataset.test.sources": _source(format="LabelledText")}, GENERATION,
             field="spec.dataset.test.sources", words="task Generation reads every format but this"),
+    Invalid("preferences of a classifier", {"method.dpo": {}}, field="spec.method.dpo", words="dpo is for task Generation"),
+    Invalid("preferences without dpo", {"dataset.sources": _source(format="Preference")}, GENERATION,
+            field="spec.dataset.sources", words="with method.dpo Preference, without it the rest"),
+    *(
+        Invalid(f"dpo of {kind}", {"dataset.validation.sources": _source(format=kind)}, PREFERENCE,
+                field="spec.dataset.validation.sources", words="with method.dpo Preference, without it the rest")
+        for kind in ("Messages", "PromptCompletion", "LabelledText")
+    ),
+    *(
+        Invalid(f"{metric} of dpo", {"evaluation.metrics": ["loss", metric]}, PREFERENCE,
+                field="spec.evaluation.metrics", words="with method.dpo loss, rewardAccuracy and rewardMargin")
+        for metric in ("perplexity", "accuracy", "macroF1")
+    ),
+    *(
+        Invalid(f"rewards without dpo: {spec['task']}", {"evaluation.metrics": ["rewardAccuracy"]}, spec,
+                field="spec.evaluation.metrics", words="with method.dpo loss, rewardAccuracy and rewardMargin")
+        for spec in (CLASSIFICATION, GENERATION)
+    ),
+    Invalid("gate on rewards without dpo", {"evaluation.gate": {"metric": "rewardMargin", "minimumGain": 1}}, GENERATION,
+            field="spec.evaluation.gate.metric", words="with method.dpo loss, rewardAccuracy and rewardMargin"),
+    Invalid("gate of dpo on perplexity", {"evaluation.gate": {"metric": "perplexity", "maximum": 9}}, PREFERENCE,
+            field="spec.evaluation.gate.metric", words="with method.dpo loss, rewardAccuracy and rewardMargin"),
+    Invalid("NF4 on CPU", {"method.lora": {"quantization": "NF4"}}, field="spec.method.lora.quantization",
+            words="NF4 needs a CUDA GPU"),
     Invalid("adapter of Full", {"method.type": "Full", "output.format": "Adapter"}, field="spec.output.format",
             words="only LoRA makes an adapter"),
     Invalid("adapter of Head", {"method.type": "Head", "output.format": "Adapter"}, field="spec.output.format",
@@ -474,7 +501,8 @@ EVERYTHING: Changes = {
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
     },
-    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"]},
+    "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"],
+                                        "quantization": "NF4"},
                "headFirst": {"epochs": 0.5, "learningRate": 0.002}},
     "training": {
         "epochs": 2.5, "learningRate": 0.0002, "batchSize": {"tokens": 4096}, "microBatchTokens": 2048,
@@ -545,6 +573,12 @@ VALID = [
         "type": "Full", "trainable": {"lastLayers": 1}, "headFirst": {"steps": 9}}, "training.maxSteps": 10}),
     Valid("head first in steps of a run in epochs", {"method.headFirst": {"steps": 900}}),
     Valid("head first in epochs of a run in steps", {"method.headFirst": {"epochs": 3}, "training.maxSteps": 10}),
+    *(Valid(f"{kind} from preferences", {"method.type": kind}, PREFERENCE) for kind in ("LoRA", "Full")),
+    Valid("preferences", {"method.dpo.beta": 0.01, "dataset.sources": _source(format="Preference", columns={
+        "prompt": "question", "chosen": "better", "rejected": "worse"}), "evaluation": {
+        "metrics": ["rewardAccuracy", "rewardMargin", "loss"], "gate": {"metric": "rewardAccuracy", "minimum": 0.6}}}, PREFERENCE),
+    *(Valid(f"{variant} in NF4", {"method.lora": {"variant": variant, "quantization": "NF4"}, "resources.gpus": 1})
+      for variant in ("LoRA", "RsLoRA", "DoRA")),
     *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
@@ -584,6 +618,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "method.lora": (LEFT_OUT, {}),
     "method.lora.rank": (8, 16),
     "method.lora.variant": (LEFT_OUT, "RsLoRA"),
+    "method.lora.quantization": (LEFT_OUT, "NF4"),
     "method.headFirst": (LEFT_OUT, {"epochs": 1}),
     "method.headFirst.epochs": (1, 2),
     "method.trainable.lastLayers": (1, 2),
@@ -617,6 +652,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "output.format": (LEFT_OUT, "Adapter"),
 }
 _NEEDED: dict[str, Changes] = {
+    "method.lora.quantization": {"resources.gpus": 1},
     "method.trainable.lastLayers": {"method.type": "Full"},
     "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
 }

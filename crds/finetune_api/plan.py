@@ -18,6 +18,7 @@ from finetune_api.spec import (
     Metric,
     OutputFormat,
     Precision,
+    Quantization,
     Schedule,
     Task,
 )
@@ -73,6 +74,13 @@ class PlanLora(Document):
     alpha: int
     dropout: float
     target_modules: list[str] | None = Field(None, description="None: all linear layers of the transformer blocks.")
+    quantization: Quantization | None = Field(None, description="Of the frozen linear layers of the transformer blocks, while training.")
+
+
+class PlanDpo(Document):
+    """Set: the rows are preference pairs, a better and a worse answer each."""
+
+    beta: float
 
 
 class PlanHeadFirst(Document):
@@ -140,6 +148,7 @@ class Plan(Document):
     lora: PlanLora | None = None
     last_layers: int | None = Field(None, description="Full only. None: all weights are trained.")
     head_first: PlanHeadFirst | None = None
+    dpo: PlanDpo | None = None
     training: PlanTraining
     evaluation: PlanEvaluation
     device: PlanDevice

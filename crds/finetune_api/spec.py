@@ -79,11 +79,16 @@ class LoraVariant(StrEnum):
     DORA = "DoRA"
 
 
+class Quantization(StrEnum):
+    NF4 = "NF4"
+
+
 class DataFormat(StrEnum):
     MESSAGES = "Messages"
     PROMPT_COMPLETION = "PromptCompletion"
     ALPACA = "Alpaca"
     TEXT = "Text"
+    PREFERENCE = "Preference"
     LABELLED_TEXT = "LabelledText"
 
 
@@ -104,6 +109,8 @@ class Metric(StrEnum):
     WEIGHTED_F1 = "weightedF1"
     LOSS = "loss"
     PERPLEXITY = "perplexity"
+    REWARD_ACCURACY = "rewardAccuracy"
+    REWARD_MARGIN = "rewardMargin"
 
     @property
     def lower_is_better(self) -> bool:
@@ -158,12 +165,14 @@ class Columns(Document):
 
     text: Column | None = Field(None, description="Column with the text (Text, LabelledText). Usual names: text, sentence, headline, content.")
     label: Column | None = Field(None, description="Column with the label (LabelledText). Usual names: label, labels, category, sentiment, class.")
-    prompt: Column | None = Field(None, description="Column with the prompt (PromptCompletion). Usual name: prompt.")
+    prompt: Column | None = Field(None, description="Column with the prompt (PromptCompletion, Preference). Usual name: prompt.")
     completion: Column | None = Field(None, description="Column with the completion (PromptCompletion). Usual names: completion, response.")
     messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages). Usual names: messages, conversations.")
     instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
     input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
     output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")
+    chosen: Column | None = Field(None, description="Column with the better answer (Preference): a text, a list of {role, content}, or a conversation that begins like the rejected one. Usual name: chosen.")
+    rejected: Column | None = Field(None, description="Column with the worse answer (Preference). Usual name: rejected.")
 
 
 class Source(Document):
@@ -212,12 +221,20 @@ class LoraSpec(Document):
     target_modules: Annotated[list[Column], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Names of the linear layers that get adapters. Left out: all linear layers of the transformer blocks."
     )
+    quantization: Quantization | None = Field(
+        None, description="NF4 (QLoRA): while training, the frozen linear layers of the transformer blocks are held in 4 bits, which takes a quarter of the memory of bf16 and some time "
+        "(https://arxiv.org/abs/2305.14314). Needs a CUDA GPU. The result is the same kind of adapter or model, in full precision."
+    )
 
 
 class TrainableSpec(Document):
     last_layers: int = Field(
         ge=1, le=1024, description="Train the last so many transformer blocks, the final norm and the head; embeddings, and an output layer that shares their weights, stay frozen."
     )
+
+
+class DpoSpec(Document):
+    beta: float = Field(0.1, gt=0, le=100, description="How closely the tuned model is held to the model it started from; the lower, the freer.")
 
 
 class HeadFirst(Document):
@@ -240,11 +257,15 @@ class MethodSpec(Document):
         None, description="Train the fresh classification head alone first, then everything: so it does not distort what the model knows (https://arxiv.org/abs/2202.10054). "
         "Warm-up and schedule run once for each part."
     )
+    dpo: DpoSpec | None = Field(
+        None, description="Learn from pairs of a better and a worse answer (format Preference) by Direct Preference Optimization (https://arxiv.org/abs/2305.18290), instead of from answers. "
+        "Start from a model that answers well already."
+    )
 
 
 class BatchSize(Document):
     rules: ClassVar = (Rule("has(self.sequences) != has(self.tokens)", "give either sequences or tokens, not both and not neither"),)
-    sequences: int | None = Field(None, ge=1, le=65536, description="Rows per optimizer step, over all GPUs.")
+    sequences: int | None = Field(None, ge=1, le=65536, description="Rows (with method.dpo: pairs) per optimizer step, over all GPUs.")
     tokens: int | None = Field(None, ge=1, le=67108864, description="Most tokens per optimizer step, over all GPUs.")
 
 
@@ -267,7 +288,7 @@ class TrainingSpec(Document):
     activation_checkpointing: bool | None = Field(
         None, description="Compute activations again in the backward pass instead of keeping them: less memory, about a third slower, the same result. Left out: only if the job would not fit otherwise."
     )
-    max_length: int | None = Field(None, ge=8, le=1048576, description="Longest row in tokens; longer ones are cut. Left out: the model's limit, at most 512 (Classification) or 2048 (Generation).")
+    max_length: int | None = Field(None, ge=8, le=1048576, description="Longest row (with method.dpo: longest answer with its prompt) in tokens; longer ones are cut. Left out: the model's limit, at most 512 (Classification) or 2048 (Generation).")
     precision: Precision | None = Field(None, description="bf16 or fp32. Left out: bf16 where the accelerator has it, else fp32.")
     seed: int = Field(42, ge=0, le=4294967295, description="Seed of shuffling, initialisation and dropout. The same seed gives the same weights on the same hardware.")
     schedule: Schedule = Field(Schedule.COSINE, description="Shape of the learning rate after warm-up.")
@@ -300,7 +321,8 @@ class EvaluationSpec(Document):
         Rule("!has(self.metrics) || self.metrics.all(m, self.metrics.exists_one(n, n == m))", "every metric may be given only once", "metrics"),
     )
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] | None = Field(
-        None, description="Scores to report, the first one first. Left out: macroF1, accuracy and loss (Classification) or loss and perplexity (Generation)."
+        None, description="Scores to report, the first one first. Left out: macroF1, accuracy and loss (Classification), loss and perplexity (Generation), or rewardAccuracy and loss (method.dpo). "
+        "rewardAccuracy: share of the pairs whose better answer gained more likelihood than the other, rewardMargin: beta times how much more, in nats."
     )
     gate: Gate | None = Field(None, description="What the tuned model must reach on the test split; otherwise the job fails and nothing is published.")
 
@@ -373,11 +395,18 @@ def _immutable(field: str, optional: bool = False) -> Rule:
 def _format_fits_task(field: str) -> Rule:
     blocks = [".".join(field.split(".")[:depth]) for depth in range(2, field.count(".") + 2)]
     unset = "".join(f"!has(self.{block}) || " for block in blocks)
-    return Rule(f"{unset}self.{field}.all(s, !has(s.format) || (s.format == 'LabelledText') == (self.task == 'Classification'))",
-                "task Classification reads format LabelledText and no other; task Generation reads every format but this", field)
+    return Rule(f"{unset}self.{field}.all(s, !has(s.format) || "
+                "(s.format == 'LabelledText') == (self.task == 'Classification') && (s.format == 'Preference') == has(self.method.dpo))",
+                "task Classification reads format LabelledText and no other; task Generation reads every format but this: with method.dpo Preference, without it the rest", field)
 
 
-_METRICS = "task Classification has the metrics accuracy, macroF1, weightedF1 and loss; task Generation has loss and perplexity"
+_METRICS = "task Classification has the metrics accuracy, macroF1, weightedF1 and loss; task Generation has loss and perplexity, with method.dpo loss, rewardAccuracy and rewardMargin"
+
+
+def _is_metric(name: str) -> str:
+    """CEL: whether `name` is a metric of the spec's task and method."""
+    return (f"{name} == 'loss' || ({name} == 'perplexity') == (self.task == 'Generation' && !has(self.method.dpo)) "
+            f"&& ({name} in ['rewardAccuracy', 'rewardMargin']) == has(self.method.dpo)")
 
 
 class FineTuneJobSpec(Document):
@@ -394,14 +423,15 @@ class FineTuneJobSpec(Document):
         Rule("!has(self.method.headFirst) || !has(self.method.headFirst.steps) || !has(self.training.maxSteps) "
              "|| self.method.headFirst.steps < self.training.maxSteps",
              "headFirst must leave some of training.maxSteps for the rest of the weights", "method.headFirst.steps"),
+        Rule("self.task == 'Generation' || !has(self.method.dpo)", "dpo is for task Generation; a classifier has no answers to prefer", "method.dpo"),
+        Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || !has(self.resources.gpus) || self.resources.gpus > 0",
+             "NF4 needs a CUDA GPU: ask for one with resources.gpus, or leave quantization out", "method.lora.quantization"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         _format_fits_task("dataset.sources"),
         _format_fits_task("dataset.validation.sources"),
         _format_fits_task("dataset.test.sources"),
-        Rule("!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m == 'loss' || (m == 'perplexity') == (self.task == 'Generation'))",
-             _METRICS, "evaluation.metrics"),
-        Rule("!has(self.evaluation.gate) || self.evaluation.gate.metric == 'loss' || (self.evaluation.gate.metric == 'perplexity') == (self.task == 'Generation')",
-             _METRICS, "evaluation.gate.metric"),
+        Rule(f"!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, {_is_metric('m')})", _METRICS, "evaluation.metrics"),
+        Rule(f"!has(self.evaluation.gate) || {_is_metric('self.evaluation.gate.metric')}", _METRICS, "evaluation.gate.metric"),
         Rule("!has(self.output.format) || self.output.format == 'Merged' || self.method.type == 'LoRA'",
              "only LoRA makes an adapter; use format Merged or leave it out", "output.format"),
         *(_immutable(f) for f in ("task", "model", "dataset", "method", "training", "evaluation", "resources", "workspace", "output")),

@@ -114,7 +114,7 @@ class ModelStatus(Document):
 class ResolvedStatus(Document):
     """Every setting that was left to us, and what was chosen."""
 
-    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32', 'DoRA r=16 alpha=32' or 'Full lastLayers=2'.")
+    method: str = Field(max_length=64, description="Method, for example 'LoRA r=16 alpha=32', 'DoRA r=16 alpha=32 NF4', 'Full lastLayers=2' or 'Full, DPO beta=0.1'.")
     head_first: str | None = Field(None, max_length=64, description="Training of the head alone before the rest, for example '1 epochs, learning rate 0.001'.")
     epochs: Decimal | None = Field(None, description="Epochs; unset if maxSteps decides.")
     max_steps: int | None = Field(None, description="Optimizer steps, if they decide.")

@@ -15,6 +15,7 @@ from finetune_api.plan import (
     Plan,
     PlanDataset,
     PlanDevice,
+    PlanDpo,
     PlanEarlyStopping,
     PlanEvaluation,
     PlanHeadFirst,
@@ -60,6 +61,7 @@ METRICS = {
     Task.CLASSIFICATION: [Metric.MACRO_F1, Metric.ACCURACY, Metric.LOSS],
     Task.GENERATION: [Metric.LOSS, Metric.PERPLEXITY],
 }
+DPO_METRICS = [Metric.REWARD_ACCURACY, Metric.LOSS]
 LEARNING_RATE = {
     # BERT (https://arxiv.org/abs/1810.04805) is tuned with 2e-5 to 5e-5, Stanford Alpaca's LLaMA with 2e-5.
     (MethodType.FULL, Task.CLASSIFICATION): 2e-5,
@@ -71,6 +73,12 @@ LEARNING_RATE = {
     (MethodType.LORA, Task.GENERATION): 2e-4,
     # A fresh linear layer on fixed features: Adam's own default (https://arxiv.org/abs/1412.6980).
     (MethodType.HEAD, Task.CLASSIFICATION): 1e-3,
+}
+DPO_LEARNING_RATE = {
+    # Zephyr-7B (https://arxiv.org/abs/2310.16944) is tuned with 5e-7 after its supervised training, with 5e-6 in its
+    # authors' recipe for LoRA (https://github.com/huggingface/alignment-handbook, recipes/zephyr-7b-beta/dpo).
+    MethodType.FULL: 5e-7,
+    MethodType.LORA: 5e-6,
 }
 HEAD_LEARNING_RATE = LEARNING_RATE[MethodType.HEAD, Task.CLASSIFICATION]
 
@@ -169,6 +177,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         lora=_lora(spec),
         last_layers=spec.method.trainable.last_layers if spec.method.trainable else None,
         head_first=_head_first(spec),
+        dpo=PlanDpo(beta=spec.method.dpo.beta) if spec.method.dpo else None,
         training=_training(resource, spec),
         evaluation=PlanEvaluation(metrics=_metrics(spec), gate=spec.evaluation.gate),
         device=PlanDevice(
@@ -263,6 +272,7 @@ def _lora(spec: FineTuneJobSpec) -> PlanLora | None:
         alpha=lora.alpha or (RS_LORA_ALPHA if lora.variant is LoraVariant.RS_LORA else 2 * rank),
         dropout=LORA_DROPOUT if lora.dropout is None else lora.dropout,
         target_modules=lora.target_modules,
+        quantization=lora.quantization,
     )
 
 
@@ -275,9 +285,13 @@ def _head_first(spec: FineTuneJobSpec) -> PlanHeadFirst | None:
 
 
 def _method(plan: Plan) -> str:
+    method: str = plan.method
     if plan.lora:
-        return f"{plan.lora.variant} r={plan.lora.rank} alpha={plan.lora.alpha}"
-    return plan.method if plan.last_layers is None else f"{plan.method} lastLayers={plan.last_layers}"
+        quantization = f" {plan.lora.quantization}" if plan.lora.quantization else ""
+        method = f"{plan.lora.variant} r={plan.lora.rank} alpha={plan.lora.alpha}{quantization}"
+    elif plan.last_layers is not None:
+        method = f"{plan.method} lastLayers={plan.last_layers}"
+    return f"{method}, DPO beta={decimal(plan.dpo.beta)}" if plan.dpo else method
 
 
 def _describe_head_first(first: PlanHeadFirst) -> str:
@@ -296,7 +310,7 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
     return PlanTraining(
         epochs=None if wanted.max_steps else wanted.epochs or EPOCHS,
         max_steps=wanted.max_steps,
-        learning_rate=wanted.learning_rate or LEARNING_RATE[spec.method.type, spec.task],
+        learning_rate=wanted.learning_rate or _learning_rate(spec),
         batch_sequences=batch.sequences if batch else BATCH_SEQUENCES[spec.task],
         batch_tokens=batch.tokens if batch else None,
         micro_batch_tokens=wanted.micro_batch_tokens,
@@ -318,6 +332,10 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         else None,
         compile=wanted.compile,
     )
+
+
+def _learning_rate(spec: FineTuneJobSpec) -> float:
+    return DPO_LEARNING_RATE[spec.method.type] if spec.method.dpo else LEARNING_RATE[spec.method.type, spec.task]
 
 
 def _precision_found(resource: Resource) -> Precision | None:
@@ -356,7 +374,8 @@ def _size(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> Plan:
 
 def _metrics(spec: FineTuneJobSpec) -> list[Metric]:
     """The gate's metric comes last if nobody asked for it: what decides is reported."""
-    metrics, gate = spec.evaluation.metrics or METRICS[spec.task], spec.evaluation.gate
+    usual = DPO_METRICS if spec.method.dpo else METRICS[spec.task]
+    metrics, gate = spec.evaluation.metrics or usual, spec.evaluation.gate
     return metrics if gate is None or gate.metric in metrics else [*metrics, gate.metric]
 
 

@@ -22,7 +22,7 @@ from finetune_api.report import DATA_REPORT, QUARANTINE
 from finetune_api.spec import Task
 from finetune_api.status import DataStatus, ModelStatus
 
-from finetune_trainer.data.convert import InvalidRowError, LabelledText
+from finetune_trainer.data.convert import InvalidRowError, LabelledText, usable_formats
 from finetune_trainer.data.labels import resolve_labels
 from finetune_trainer.data.pipeline import PlacedRow, batch_rows, open_sources, place_rows, survey_rows
 from finetune_trainer.data.quarantine import Quarantine
@@ -100,7 +100,7 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
 def read_data(this: Run, downloads: Path) -> None:
     """Fetches the sources and judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
-    sources = open_sources(dataset, this.plan.task, downloads, this.watch("Fetching data", 0, 0.1))
+    sources = open_sources(dataset, usable_formats(this.plan), downloads, this.watch("Fetching data", 0, 0.1))
     watch = this.watch("Reading data", 0.1, 0.2)
     findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
     findings.sources = sources
@@ -202,6 +202,9 @@ def _settings_hash(this: Run) -> "hashlib._Hash":
 
 
 def _hash_row(digest: "hashlib._Hash", split: Split, row: TokenizedRow) -> None:
-    ids = np.asarray(row.input_ids, dtype="<i4").tobytes()
-    target = str(row.label).encode() if row.loss_mask is None else np.packbits(row.loss_mask).tobytes()
-    digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)
+    for document in row.documents:
+        ids = np.asarray(document.input_ids, dtype="<i4").tobytes()
+        target = (
+            str(document.label).encode() if document.loss_mask is None else np.packbits(document.loss_mask).tobytes()
+        )
+        digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)

@@ -107,6 +107,30 @@ def test_the_variant_of_lora_is_shown_and_has_its_own_usual_alpha(lora, alpha, s
     assert resolved_status(plan, None, None).method == shown
 
 
+@pytest.mark.parametrize(("method", "rate"), [("LoRA", 5e-6), ("Full", 5e-7)])
+def test_preference_tuning_has_its_own_learning_rate_and_metrics_and_is_shown(method, rate):
+    plan = make_plan(task="Generation", method={"type": method, "dpo": {}})
+    assert (plan.dpo.beta, plan.training.learning_rate) == (0.1, rate)
+    assert plan.evaluation.metrics == ["rewardAccuracy", "loss"]
+    assert resolved_status(plan, None, None).method.endswith(", DPO beta=0.1")
+    assert make_plan(task="Generation").dpo is None
+
+
+def test_a_micro_batch_has_room_for_both_answers_of_a_pair():
+    most = [
+        make_plan(Stage.TRAIN, True, task="Generation", method=method, training={"batchSize": {"sequences": 1}})
+        for method in ({}, {"dpo": {}})
+    ]
+    assert [plan.training.micro_batch_tokens // plan.training.max_length for plan in most] == [1, 2]
+
+
+def test_quantization_is_shown():
+    plan = make_plan(method={"lora": {"quantization": "NF4"}}, resources={"gpus": 1})
+    assert plan.lora.quantization == "NF4"
+    assert resolved_status(plan, None, None).method == "LoRA r=16 alpha=32 NF4"
+    assert make_plan().lora.quantization is None
+
+
 def test_early_stopping_is_shown():
     assert make_plan().training.early_stopping is None
     plan = make_plan(training={"earlyStopping": {"patience": 3, "minimumImprovement": 0.01}})

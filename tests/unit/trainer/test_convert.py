@@ -1,24 +1,34 @@
 """Which rows can be learned from, in every format, and what is said about the others."""
 
 import json
+from pathlib import Path
 
 import pytest
 from finetune_api.plan import PlanSource
-from finetune_api.spec import DataFormat, Task
+from finetune_api.spec import DataFormat
 from finetune_trainer.data.convert import (
     Conversation,
     LabelledText,
     PlainText,
+    Preference,
     PromptCompletion,
     Turn,
     convert_rows,
     recognise_format,
+    usable_formats,
 )
 from finetune_trainer.data.read import Rejection
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.plans import make_plan
+
+CLASSIFICATION, GENERATION, PREFERENCE = (
+    usable_formats(make_plan(Path("unused"), **changes))
+    for changes in ({}, {"task": "Generation"}, {"task": "Generation", "dpo": {"beta": 0.1}})
+)
 
 
 @pytest.fixture
@@ -44,6 +54,13 @@ def convert(file: SourceFile, format: DataFormat, **columns: str) -> list:
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+WORSE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away"}]
+
+
+def preferred(*prompt: Turn, better: str = "hello", worse: str = "go away") -> Preference:
+    """A pair of conversations that differ in their last turn."""
+    answers = (Turn("assistant", better), Turn("assistant", worse))
+    return Preference(*(Conversation((*prompt, answer), len(prompt)) for answer in answers))
 
 
 @pytest.mark.parametrize(
@@ -64,20 +81,53 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
             DataFormat.MESSAGES,
             Conversation((Turn("user", "hi"), Turn("assistant", "hello"))),
         ),
+        (
+            {"prompt": "q ", "chosen": "a", "rejected": "b"},
+            DataFormat.PREFERENCE,
+            Preference(PromptCompletion("q ", "a"), PromptCompletion("q ", "b")),
+        ),
+        ({"chosen": CHAT, "rejected": WORSE}, DataFormat.PREFERENCE, preferred(Turn("user", "hi"))),
+        ({"prompt": "hi", "chosen": CHAT, "rejected": WORSE}, DataFormat.PREFERENCE, preferred(Turn("user", "hi"))),
+        (
+            {"prompt": "hi", "chosen": CHAT[1:], "rejected": WORSE[1:]},
+            DataFormat.PREFERENCE,
+            preferred(Turn("user", "hi")),
+        ),
+        (
+            {"prompt": CHAT[:1], "chosen": "hello", "rejected": WORSE},
+            DataFormat.PREFERENCE,
+            preferred(Turn("user", "hi")),
+        ),
+        (
+            {"chosen": CHAT, "rejected": CHAT + WORSE},  # the longer one goes on where the other ends
+            DataFormat.PREFERENCE,
+            Preference(
+                Conversation((Turn("user", "hi"), Turn("assistant", "hello")), 1),
+                Conversation(
+                    (Turn("user", "hi"), Turn("assistant", "hello"), Turn("user", "hi"), Turn("assistant", "go away")),
+                    1,
+                ),
+            ),
+        ),
+        (
+            {"chosen": [*CHAT, *CHAT], "rejected": [*CHAT, *WORSE]},
+            DataFormat.PREFERENCE,
+            preferred(Turn("user", "hi"), Turn("assistant", "hello"), Turn("user", "hi")),
+        ),
     ],
 )
 def test_a_good_row_becomes_an_example_and_its_format_is_recognised(write, row, format, example):
     file = write(row)
-    task = Task.CLASSIFICATION if format is DataFormat.LABELLED_TEXT else Task.GENERATION
-    assert recognise_format(file, source(), task) is format
+    usable = {DataFormat.LABELLED_TEXT: CLASSIFICATION, DataFormat.PREFERENCE: PREFERENCE}.get(format, GENERATION)
+    assert recognise_format(file, source(), usable) is format
     assert convert(file, format) == [example]
 
 
 def test_named_columns_win_over_the_usual_ones(write):
     file = write({"text": "no", "body": "yes", "label": "l", "prompt": "p", "completion": "c"})
     assert convert(file, DataFormat.LABELLED_TEXT, text="body") == [LabelledText("yes", "l")]
-    assert recognise_format(file, source(text="body"), Task.GENERATION) is DataFormat.TEXT
-    assert recognise_format(file, source(), Task.GENERATION) is DataFormat.PROMPT_COMPLETION
+    assert recognise_format(file, source(text="body"), GENERATION) is DataFormat.TEXT
+    assert recognise_format(file, source(), GENERATION) is DataFormat.PROMPT_COMPLETION
 
 
 def chat(*turns: tuple) -> dict:
@@ -109,6 +159,19 @@ def chat(*turns: tuple) -> dict:
         (chat(("user", "a"), ("system", "x"), ("assistant", "b")), DataFormat.MESSAGES, "role is not valid"),
         (chat(("user", "a"), ("assistant", None)), DataFormat.MESSAGES, "content is missing"),
         (chat(("user", ""), ("assistant", "b")), DataFormat.MESSAGES, "content is empty"),
+        ({"chosen": "a", "rejected": "b"}, DataFormat.PREFERENCE, "prompt is missing"),
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, DataFormat.PREFERENCE, "rejected is empty"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, DataFormat.PREFERENCE, "chosen and rejected are the same"),
+        ({"chosen": CHAT, "rejected": CHAT}, DataFormat.PREFERENCE, "chosen and rejected are the same"),
+        ({"chosen": CHAT, "rejected": WORSE[:1]}, DataFormat.PREFERENCE, "rejected does not end with the assistant"),
+        ({"chosen": CHAT, "rejected": None}, DataFormat.PREFERENCE, "rejected is missing"),
+        ({"chosen": CHAT, "rejected": [{"role": "user"}]}, DataFormat.PREFERENCE, "content is missing"),
+        ({"chosen": CHAT[1:], "rejected": WORSE[1:]}, DataFormat.PREFERENCE, "prompt is missing"),
+        (
+            {"prompt": [{"role": "system", "content": "be kind"}], "chosen": CHAT, "rejected": WORSE},
+            DataFormat.PREFERENCE,
+            "chosen and rejected do not begin with the prompt",
+        ),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_reason(write, row, format, reason):
@@ -126,34 +189,45 @@ def test_the_line_of_a_bad_row_is_told(write):
 def test_missing_columns_of_a_table_are_told_at_once_with_the_remedy(write):
     file = write(name="a.csv", text="title,class\nsecret text,x\n")
     with pytest.raises(UserError) as caught:
-        recognise_format(file, source(), Task.CLASSIFICATION)
+        recognise_format(file, source(), CLASSIFICATION)
     assert "text, sentence" not in caught.value.message
     assert "a column for text (text or sentence or headline or content)" in caught.value.message
     assert "label" not in caught.value.message
     assert "dataset.sources[1].columns" in caught.value.message
     assert "secret" not in caught.value.message
     with pytest.raises(UserError, match=r"a column for label \(topic\)"):
-        recognise_format(write(name="a.csv", text="text,class\na,x\n"), source(label="topic"), Task.CLASSIFICATION)
+        recognise_format(write(name="a.csv", text="text,class\na,x\n"), source(label="topic"), CLASSIFICATION)
 
 
 def test_a_csv_without_a_header_is_not_quoted(write):
     with pytest.raises(UserError) as caught:
-        recognise_format(write(name="a.csv", text="my salary is 5,good\nx,y\n"), source(), Task.CLASSIFICATION)
+        recognise_format(write(name="a.csv", text="my salary is 5,good\nx,y\n"), source(), CLASSIFICATION)
     assert "salary" not in caught.value.message
 
 
 def test_the_first_row_of_jsonl_may_be_a_bad_one(write):
     file = write({"text": "no label"}, {"text": "a", "label": "x"})
-    assert recognise_format(file, source(), Task.CLASSIFICATION) is DataFormat.LABELLED_TEXT
+    assert recognise_format(file, source(), CLASSIFICATION) is DataFormat.LABELLED_TEXT
     file = write(text='oops\n{"text": "a"}\n')
-    assert recognise_format(file, source(), Task.GENERATION) is DataFormat.TEXT
+    assert recognise_format(file, source(), GENERATION) is DataFormat.TEXT
 
 
 def test_columns_that_fit_no_format_and_files_without_rows_are_named(write):
     with pytest.raises(UserError, match=r"a\.jsonl line 1: .*Messages needs .*Text needs"):
-        recognise_format(write({"x": 1}), source(), Task.GENERATION)
+        recognise_format(write({"x": 1}), source(), GENERATION)
     with pytest.raises(UserError, match=r"a\.jsonl has no rows"):
-        recognise_format(write(text="\n\n"), source(), Task.GENERATION)
+        recognise_format(write(text="\n\n"), source(), GENERATION)
+
+
+def test_pairs_without_dpo_are_told_what_they_need_and_dpo_what_its_rows_need(write):
+    pairs = write({"question": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match=r"a\.jsonl line 1: pairs of a chosen and a rejected answer .* method\.dpo"):
+        recognise_format(pairs, source(), GENERATION)
+    with pytest.raises(
+        UserError, match=r"Preference needs a column for chosen \(better\) and .* rejected \(rejected\)"
+    ):
+        recognise_format(write(name="a.csv", text="prompt,completion\na,b\n"), source(chosen="better"), PREFERENCE)
+    assert recognise_format(pairs, source(prompt="question"), PREFERENCE) is DataFormat.PREFERENCE
 
 
 JSON = st.recursive(
@@ -169,7 +243,21 @@ JSON = st.recursive(
 @given(
     st.sampled_from(list(DataFormat)),
     st.dictionaries(
-        st.sampled_from(["text", "label", "messages", "prompt", "completion", "instruction", "input", "output"]), JSON
+        st.sampled_from(
+            [
+                "text",
+                "label",
+                "messages",
+                "prompt",
+                "completion",
+                "instruction",
+                "input",
+                "output",
+                "chosen",
+                "rejected",
+            ]
+        ),
+        JSON,
     ),
 )
 def test_no_row_breaks_a_converter(tmp_path_factory, format, row):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.constants import Reason, Stage
-from finetune_api.plan import Plan
+from finetune_api.plan import Plan, PlanDpo
 from finetune_api.progress import Outcome
 from finetune_api.report import DataReport, Quarantined
 from finetune_api.spec import MethodType, Task
@@ -111,6 +111,26 @@ def test_a_classification_is_ready_to_train(tmp_path, plan):
             assert known[text] == LABELS[rows.label(number)]
             seen.append(text)
     assert sorted(seen) == sorted(known)
+
+
+def test_pairs_are_ready_to_train_and_bad_ones_are_named(tmp_path, plan):
+    good = [{"prompt": f"is {n} good?", "chosen": f"{n} is fine", "rejected": "no"} for n in range(60)]
+    bad = [{"prompt": "same?", "chosen": "a", "rejected": "a"}, {"prompt": "none?", "chosen": "a", "rejected": " "}]
+    this = plan(write_jsonl(tmp_path / "train.jsonl", [*good, *bad]), task=Task.GENERATION, max_rejected=0.1)
+    data = prepare(this.model_copy(update={"dpo": PlanDpo(beta=0.1)})).data
+    assert (data.rows_read, data.rows_kept, data.rows_rejected) == (62, 60, 2)
+    assert [(line.line, line.reason) for line in quarantine(this)] == [
+        (61, "chosen and rejected are the same"),
+        (62, "rejected is empty"),
+    ]
+    rows = open_split(Path(this.workspace) / "data", "train")
+    assert (len(rows), rows.lengths.sum()) == (2 * data.train_rows, data.tokens)
+    tokenizer = AutoTokenizer.from_pretrained(Path(this.workspace) / "model")
+    assert [tokenizer.decode(rows.input_ids(n)) for n in (0, 1)] == [
+        f"<|user|>\nis 0 good?\n<|assistant|>\n{answer}</s>\n" for answer in ("0 is fine", "no")
+    ]
+    with pytest.raises(UserError, match=r"train\.jsonl line 1: pairs of a chosen .* method\.dpo: set it"):
+        prepare(this)
 
 
 def test_the_report_tells_what_was_found(tmp_path, plan):

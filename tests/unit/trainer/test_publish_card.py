@@ -83,6 +83,19 @@ class TestContent:
         names = [row[0] for row in rows(card())]
         assert not {"trained layers", "head alone first", "early stopping"} & set(names)
 
+    def test_says_that_it_was_tuned_to_preferences(self):
+        text = card(None, **GENERATION | {"dpo": {"beta": 0.25}, "evaluation": {"metrics": ["rewardAccuracy", "loss"]}})
+        assert metadata(text)["tags"] == ["finetune-operator", "lora", "dpo"]
+        assert metadata(text)["metrics"] == [], "the hub knows none of them"
+        assert ["preference loss", "DPO, beta 0.25"] in rows(text)
+        assert "rewardAccuracy is the share of pairs whose better answer has the higher reward" in text
+
+    def test_says_that_it_was_trained_beside_quantised_weights(self):
+        text = card(lora={"quantization": "NF4"})
+        assert ["quantization while training", "NF4"] in rows(text)
+        assert "trained and scored beside foundation weights in NF4" in text
+        assert "NF4" not in card()
+
     def test_says_which_adapter_it_went_on_from(self):
         text = card(model={"adapter": {"uri": "https://me:hush@host/adapter?signature=hush"}})
         assert ["started from the adapter", "`https://host/adapter`"] in rows(text)

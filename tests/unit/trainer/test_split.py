@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from finetune_api.plan import PlanDataset
-from finetune_trainer.data.convert import Conversation, LabelledText, PlainText, PromptCompletion, Turn
+from finetune_trainer.data.convert import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.labels import check_label_count, label_order, resolve_labels
 from finetune_trainer.data.split import Split, Splitter, check_splits, content_key
 from finetune_trainer.errors import UserError
@@ -68,6 +68,14 @@ def test_different_inputs_have_different_keys(first, second, other_first, other_
         (PromptCompletion("Name a  fish", "cod"), PromptCompletion("Name a fish", "trout")),
         (conversation("Name a fish", "cod"), conversation("Name a fish", "trout")),
         (conversation("hello", "hi", "a fish?", "cod"), conversation("hello", "hi", "a fish?", "trout")),
+        (
+            Preference(PromptCompletion("a fish?", "cod"), PromptCompletion("a fish?", "dog")),
+            Preference(PromptCompletion("a fish?", "cat"), PromptCompletion("a  fish?", "cod")),
+        ),
+        (
+            Preference(conversation("a fish?", "cod"), conversation("a fish?", "dog")),
+            Preference(conversation("a fish?", "dog"), conversation("a fish?", "cat")),
+        ),
     ],
 )
 def test_the_same_question_is_in_one_split_whatever_its_answer(one, other):

@@ -51,6 +51,18 @@ def test_labels_come_back_and_rows_are_counted(tmp_path):
             found.label(outside)
 
 
+def test_a_pair_is_two_documents_and_counts_as_one_row(tmp_path):
+    pairs = [
+        TokenizedRow([1, n, 3], [False, True, True], rejected=TokenizedRow([1, n], [False, True], truncated=True))
+        for n in range(5)
+    ]
+    manifest = write_split(tmp_path / "train", pairs, Task.GENERATION, rows_per_shard=3)
+    assert (manifest.rows, manifest.tokens, manifest.supervised_tokens, manifest.truncated_rows) == (5, 25, 15, 5)
+    found = open_split(tmp_path, "train")
+    assert found.lengths.tolist() == [3, 2] * 5
+    assert [found.input_ids(n).tolist() for n in (8, 9)] == [[1, 4, 3], [1, 4]]
+
+
 def test_generation_rows_have_no_label(tmp_path):
     write_split(tmp_path / "train", [TokenizedRow([1], [True])], Task.GENERATION)
     with pytest.raises(TypeError, match="no labels"):

@@ -6,6 +6,7 @@ from finetune_trainer.data.convert import (
     InvalidRowError,
     LabelledText,
     PlainText,
+    Preference,
     PromptCompletion,
     Turn,
 )
@@ -195,6 +196,41 @@ def test_prompts_become_a_users_turn_where_there_is_a_template(llama):
     (encoded,) = encode(Encoder(llama, 256), PromptCompletion("hello\n\n", " hi "))
     assert whole(llama, encoded) == "<|user|>\nhello\n<|assistant|>\nhi</s>\n"
     assert supervised(llama, encoded) == "hi</s>"
+
+
+def answers(tokenizer, encoded: Encoded) -> list[str]:
+    """What has a loss in the chosen and in the rejected document."""
+    return [supervised(tokenizer, encoded._replace(row=document)) for document in encoded.row.documents]
+
+
+def test_a_pair_is_two_documents_that_are_learned_after_their_prompt(plain):
+    pair = Preference(PromptCompletion("what? ", "sales"), PromptCompletion("what? ", "a loss"))
+    (encoded,) = encode(Encoder(with_bos(plain), 128), pair)
+    assert [plain.decode(row.input_ids) for row in encoded.row.documents] == [
+        "<s>what? sales</s>",
+        "<s>what? a loss</s>",
+    ]
+    assert answers(plain, encoded) == ["sales</s>", "a loss</s>"]
+    assert encoded.length == sum(len(row.input_ids) for row in encoded.row.documents)
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED], ids=["marked", "unmarked"])
+def test_the_answers_that_both_of_a_pair_were_given_are_not_learned(llama, template):
+    llama.chat_template = template or llama.chat_template
+    worse = Conversation((*CONVERSATION.turns[:-1], Turn("assistant", "go away")), 4)
+    (encoded,) = encode(Encoder(llama, 256), Preference(Conversation(CONVERSATION.turns, 4), worse))
+    end = "</s>\n" if template else "</s>"
+    assert answers(llama, encoded) == [f"fine{end}", f"go away{end}"]
+
+
+def test_a_pair_with_nothing_to_tell_apart_is_refused(plain):
+    pairs = [
+        Preference(PromptCompletion("what? ", "a" * 20), PromptCompletion("what? ", "a" * 20 + "b")),
+        Preference(PromptCompletion("what? " * 20, "b"), PromptCompletion("what? " * 20, "a")),
+    ]
+    same, empty = Encoder(plain, 16).encode(pairs)
+    assert same.reason == "chosen and rejected are the same"
+    assert (empty.reason, empty.detail) == ("nothing left to learn", "chosen: its prompt alone fills the 16 tokens")
 
 
 def test_kinds_may_be_mixed_and_keep_their_order(llama):

@@ -29,7 +29,14 @@ from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
-from tests.unit.trainer.training_workspace import CLASSIFICATION_ROWS, GENERATION, LABELS, make_training, write_data
+from tests.unit.trainer.training_workspace import (
+    CLASSIFICATION_ROWS,
+    GENERATION,
+    LABELS,
+    PREFERENCE,
+    make_training,
+    write_data,
+)
 
 SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 30}}
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
@@ -78,10 +85,13 @@ def report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module", params=["classification", "generation"])
+KINDS = {"classification": {}, "generation": GENERATION, "preference": PREFERENCE}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A plan and the result of running it in one go, and how to make the same job elsewhere."""
-    changes = {**SAVES, **(GENERATION if request.param == "generation" else {})}
+    changes = {**SAVES, **KINDS[request.param]}
     plan = make_training(tmp_path_factory.mktemp("whole"), **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "REPORT_SECONDS", 0.0)

@@ -19,6 +19,7 @@ from tests.plans import make_plan
 
 LABELS = ["negative", "neutral", "positive"]
 GENERATION = {"task": "Generation", "evaluation": {"metrics": ["loss", "perplexity"]}}
+PREFERENCE = {"task": "Generation", "dpo": {"beta": 0.1}, "evaluation": {"metrics": ["rewardAccuracy", "loss"]}}
 CLASSIFICATION_ROWS = {"train": 44, "validation": 12, "test": 15}
 WORDS = (32, 80)
 """Token ids that both tiny models have as ordinary ones."""
@@ -36,7 +37,7 @@ def make_training(folder: Path, rows: dict[str, int] | None = None, **changes: A
     workspace = Workspace(folder)
     if not workspace.model.exists():
         shutil.copytree(tiny_model(plan.task), workspace.model)
-    write_data(workspace, plan.task, rows or CLASSIFICATION_ROWS)
+    write_data(workspace, plan.task, rows or CLASSIFICATION_ROWS, pairs=plan.dpo is not None)
     return plan
 
 
@@ -49,10 +50,12 @@ def untie(workspace: Workspace) -> None:
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
 
 
-def write_data(workspace: Workspace, task: Task, rows: dict[str, int], fingerprint: str = "f" * 64) -> None:
+def write_data(
+    workspace: Workspace, task: Task, rows: dict[str, int], fingerprint: str = "f" * 64, pairs: bool = False
+) -> None:
     splits: dict[str, SplitManifest] = {}
     for seed, (split, count) in enumerate(rows.items()):
-        make = _labelled if task is Task.CLASSIFICATION else _completion
+        make = _preferred if pairs else _labelled if task is Task.CLASSIFICATION else _completion
         random = np.random.default_rng(seed)
         splits[split] = write_split(workspace.data / split, [make(random) for _ in range(count)], task)
     labels = LABELS if task is Task.CLASSIFICATION else None
@@ -74,3 +77,15 @@ def _completion(random: np.random.Generator) -> TokenizedRow:
     """A prompt, then the same words again: only these are supervised."""
     words = random.integers(*WORDS, size=random.integers(2, 8)).tolist()
     return TokenizedRow([1, *words, *words, 2], loss_mask=[False] * (len(words) + 1) + [True] * (len(words) + 1))
+
+
+def _preferred(random: np.random.Generator) -> TokenizedRow:
+    """Two answers of random words to the same prompt, the better one with a word of the vocabulary's last third."""
+    prompt = random.integers(*WORDS, size=random.integers(1, 6)).tolist()
+    answers = random.integers(WORDS[0], 64, size=(2, random.integers(2, 8))).tolist()
+    answers[0][random.integers(len(answers[0]))] = int(random.integers(64, WORDS[1]))
+    chosen, rejected = (
+        TokenizedRow([1, *prompt, *answer, 2], loss_mask=[False] * (len(prompt) + 1) + [True] * (len(answer) + 1))
+        for answer in answers
+    )
+    return chosen._replace(rejected=rejected)

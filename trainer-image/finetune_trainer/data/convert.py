@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
-from finetune_api.plan import PlanSource
+from finetune_api.plan import Plan, PlanSource
 from finetune_api.spec import DataFormat, Task
 
 from finetune_trainer.data.read import RawRow, Rejection, file_kind, is_unicode, read_rows
@@ -46,12 +46,23 @@ class PromptCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Ends with the assistant."""
+    """Ends with the assistant. Its first `given` turns are not learned from."""
 
     turns: tuple[Turn, ...]
+    given: int = 0
 
 
-Example = LabelledText | PlainText | PromptCompletion | Conversation
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A better and a worse answer to the same prompt: both are conversations whose first turns are the same, or
+    both have the same prompt before their completion.
+    """
+
+    chosen: PromptCompletion | Conversation
+    rejected: PromptCompletion | Conversation
+
+
+Example = LabelledText | PlainText | PromptCompletion | Conversation | Preference
 
 
 def example_texts(example: Example) -> list[str]:
@@ -63,6 +74,8 @@ def example_texts(example: Example) -> list[str]:
             return [prompt, completion]
         case Conversation(turns):
             return [part for turn in turns for part in turn]
+        case Preference(chosen, rejected):
+            return example_texts(chosen) + example_texts(rejected)
 
 
 def input_texts(example: Example) -> list[str]:
@@ -70,8 +83,10 @@ def input_texts(example: Example) -> list[str]:
     match example:
         case PromptCompletion(prompt, _):
             return [prompt]
-        case Conversation(turns) if len(turns) > 1:
-            return example_texts(Conversation(turns[:-1]))
+        case Conversation(turns, given) if len(turns) > 1:
+            return example_texts(Conversation(turns[: given or -1]))
+        case Preference(chosen, _):
+            return input_texts(chosen)
     return example_texts(example)
 
 
@@ -84,6 +99,8 @@ USUAL_COLUMNS = {
     "instruction": ("instruction",),
     "input": ("input",),
     "output": ("output",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 """Field -> column names, the first that a row has counts."""
 
@@ -92,14 +109,21 @@ FIELDS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.ALPACA: ("instruction", "output"),
     DataFormat.TEXT: ("text",),
+    DataFormat.PREFERENCE: ("chosen", "rejected"),
     DataFormat.LABELLED_TEXT: ("text", "label"),
 }
 """Format -> fields that every row has. In the order in which a format is recognised."""
 
-FORMATS: dict[Task, list[DataFormat]] = {
-    Task.CLASSIFICATION: [DataFormat.LABELLED_TEXT],
-    Task.GENERATION: [f for f in FIELDS if f is not DataFormat.LABELLED_TEXT],
-}
+OPTIONAL_FIELDS = {DataFormat.ALPACA: ("input",), DataFormat.PREFERENCE: ("prompt",)}
+
+
+def usable_formats(plan: Plan) -> list[DataFormat]:
+    """The formats that a job can read."""
+    if plan.task is Task.CLASSIFICATION:
+        return [DataFormat.LABELLED_TEXT]
+    if plan.dpo is not None:
+        return [DataFormat.PREFERENCE]
+    return [f for f in FIELDS if f not in (DataFormat.LABELLED_TEXT, DataFormat.PREFERENCE)]
 
 
 class InvalidRowError(ValueError):
@@ -186,26 +210,68 @@ def _conversation(row: Row) -> Conversation:
             raise InvalidRowError("messages are not valid", "the text of the column is not JSON") from None
     if messages is None:
         raise InvalidRowError("messages is missing")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRowError("messages are not valid", "not a list of {role, content}")
-    turns = tuple(_turn(number, message) for number, message in enumerate(messages, start=1))
+    turns = _turns(messages)
     if turns[-1].role != "assistant":
         raise InvalidRowError("messages do not end with the assistant", "there is no answer to learn")
     return Conversation(turns)
 
 
-def _turn(number: int, message: Any) -> Turn:
+def _turns(messages: Any, place: str = "") -> tuple[Turn, ...]:
+    """`place` tells, in what is said of bad ones, which messages they are: " of chosen"."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRowError("messages are not valid", f"not a list of {{role, content}}{place}")
+    return tuple(_turn(f"message {number}{place}", number, message) for number, message in enumerate(messages, start=1))
+
+
+def _turn(name: str, number: int, message: Any) -> Turn:
     if not isinstance(message, dict):
-        raise InvalidRowError("messages are not valid", f"message {number} is not an object")
+        raise InvalidRowError("messages are not valid", f"{name} is not an object")
     role = message.get("role")
     if role not in ROLES:
-        raise InvalidRowError("role is not valid", f"that of message {number} is none of {', '.join(ROLES)}")
+        raise InvalidRowError("role is not valid", f"that of {name} is none of {', '.join(ROLES)}")
     if role == "system" and number > 1:
-        raise InvalidRowError("role is not valid", f"message {number} is of the system; only the first may be")
+        raise InvalidRowError("role is not valid", f"{name} is of the system; only the first may be")
     try:
         return Turn(role, checked_text(message.get("content"), "content"))
     except InvalidRowError as error:
-        raise InvalidRowError(error.reason, f"message {number} {error.detail}".rstrip()) from None
+        raise InvalidRowError(error.reason, f"{name} {error.detail}".rstrip()) from None
+
+
+def _preference(row: Row) -> Preference:
+    """Texts, or lists of messages. Those that do not begin with the assistant are whole conversations, and what the two
+    have in common is the prompt.
+    """
+    prompt, answers = row.get("prompt"), {name: row.get(name) for name in ("chosen", "rejected")}
+    if any(isinstance(value, list) for value in (prompt, *answers.values())):
+        begun = () if prompt is None else _spoken(prompt, "prompt", "user")
+        chosen, rejected = (_whole(begun, _spoken(value, name, "assistant"), name) for name, value in answers.items())
+        if isinstance(prompt, list) and not begun == chosen[: len(begun)] == rejected[: len(begun)]:
+            raise InvalidRowError("chosen and rejected do not begin with the prompt")
+        pair = _conversations(chosen, rejected)
+    else:
+        pair = Preference(*(PromptCompletion(row.text("prompt"), row.text(name)) for name in answers))
+    if example_texts(pair.chosen) == example_texts(pair.rejected):
+        raise InvalidRowError("chosen and rejected are the same")
+    return pair
+
+
+def _spoken(value: Any, name: str, role: str) -> tuple[Turn, ...]:
+    """Messages; a text is one, of `role`."""
+    return _turns(value, f" of {name}") if isinstance(value, list) else (Turn(role, checked_text(value, name)),)
+
+
+def _whole(prompt: tuple[Turn, ...], answer: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
+    if answer[-1].role != "assistant":
+        raise InvalidRowError(f"{name} does not end with the assistant", "there is no answer to learn")
+    return prompt + answer if answer[0].role == "assistant" else answer
+
+
+def _conversations(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Preference:
+    most = min(len(chosen), len(rejected)) - 1
+    given = next((n for n in range(most) if chosen[n] != rejected[n]), most)
+    if given == 0:
+        raise InvalidRowError("prompt is missing", "and chosen and rejected do not begin with the same message")
+    return Preference(Conversation(chosen, given), Conversation(rejected, given))
 
 
 CONVERTERS: dict[DataFormat, Callable[[Row], Example]] = {
@@ -213,6 +279,7 @@ CONVERTERS: dict[DataFormat, Callable[[Row], Example]] = {
     DataFormat.PROMPT_COMPLETION: _prompt_completion,
     DataFormat.ALPACA: _alpaca,
     DataFormat.TEXT: _plain_text,
+    DataFormat.PREFERENCE: _preference,
     DataFormat.LABELLED_TEXT: _labelled_text,
 }
 
@@ -223,23 +290,23 @@ def usable_columns(source: PlanSource) -> set[str]:
 
 
 def recognise_format(
-    file: SourceFile, source: PlanSource, task: Task, check: Callable[[], None] = lambda: None
+    file: SourceFile, source: PlanSource, usable: list[DataFormat], check: Callable[[], None] = lambda: None
 ) -> DataFormat:
     """The source's format: as the spec says, else by the columns of the first row of `file` that can be read.
 
-    `check` is called for every row until then, and may raise to stop. Raises UserError if the columns fit no
-    format of the task.
+    `check` is called for every row until then, and may raise to stop. Raises UserError if the columns fit none of
+    the `usable` formats.
     """
     first = _first_row(file, source, check)
     if first is None:
         raise UserError(Reason.DATA_INVALID, f"{file.field}: {file.name} has no rows that can be read")
-    candidates = [source.format] if source.format else _candidates(source, task)
+    candidates = [source.format] if source.format else _candidates(source, usable)
     fitting = [f for f in candidates if not _missing_fields(f, first, source)]
     if fitting:
         return fitting[0]
     if len(candidates) == 1 and not file_kind(file).tabular:  # another row of a JSONL file may have them
         return candidates[0]
-    raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or FORMATS[task], first))
+    raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or usable, first))
 
 
 def _first_row(file: SourceFile, source: PlanSource, check: Callable[[], None]) -> RawRow | None:
@@ -250,10 +317,10 @@ def _first_row(file: SourceFile, source: PlanSource, check: Callable[[], None]) 
     return None
 
 
-def _candidates(source: PlanSource, task: Task) -> list[DataFormat]:
-    """The task's formats that have use for every column that the spec names."""
+def _candidates(source: PlanSource, usable: list[DataFormat]) -> list[DataFormat]:
+    """The usable formats that have use for every column that the spec names."""
     mapped = {field for field in USUAL_COLUMNS if getattr(source.columns, field)}
-    return [f for f in FORMATS[task] if mapped <= {*FIELDS[f], "input"}]
+    return [f for f in usable if mapped <= {*FIELDS[f], *OPTIONAL_FIELDS.get(f, ())}]
 
 
 def _missing_fields(data_format: DataFormat, row: RawRow, source: PlanSource) -> list[str]:
@@ -267,6 +334,11 @@ def _no_format(file: SourceFile, source: PlanSource, candidates: list[DataFormat
         missing = _missing_fields(candidate, first, source)
         columns = [f"a column for {field} ({' or '.join(column_names(source, field))})" for field in missing]
         needs.append(f"format {candidate.value} needs {' and '.join(columns)}")
+    generates = not {DataFormat.LABELLED_TEXT, DataFormat.PREFERENCE} & {*candidates}
+    if generates and not _missing_fields(DataFormat.PREFERENCE, first, source):
+        return (
+            f"{file.at(first.line)}: pairs of a chosen and a rejected answer are learned from with method.dpo: set it"
+        )
     return f"{file.at(first.line)}: {'; '.join(needs)}: name the columns in {file.field}.columns"
 
 

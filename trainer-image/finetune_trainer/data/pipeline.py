@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.plan import PlanDataset, PlanSource
-from finetune_api.spec import DataFormat, Task
+from finetune_api.spec import DataFormat
 
 from finetune_trainer.data.convert import Example, LabelledText, convert_rows, example_texts, recognise_format
 from finetune_trainer.data.labels import check_label_count
@@ -78,8 +78,8 @@ class Survey:
                 check_label_count(counts)
 
 
-def open_sources(dataset: PlanDataset, task: Task, downloads: Path, watch: Watch) -> list[OpenedSource]:
-    """Fetches the sources, held-out ones first, and recognises their formats.
+def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Path, watch: Watch) -> list[OpenedSource]:
+    """Fetches the sources, held-out ones first, and recognises which of the formats each has.
 
     Raises UserError (DataNotFound, DataInvalid), StageError for network trouble, Interrupted.
     """
@@ -88,7 +88,7 @@ def open_sources(dataset: PlanDataset, task: Task, downloads: Path, watch: Watch
         for source in _sources(dataset, split):
             watch.check()
             files = fetch_source(source, downloads / source.field, watch)
-            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, task, watch.check)))
+            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, formats, watch.check)))
     return opened
 
 

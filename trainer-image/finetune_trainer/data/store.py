@@ -3,7 +3,8 @@
     data/manifest.json
     data/<split>/00000.arrow ...
 
-One file holds at most `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long.
+One file holds about `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long. A
+preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,13 @@ class TokenizedRow(NamedTuple):
     loss_mask: Sequence[bool] | npt.NDArray[np.bool_] | None = None
     label: int | None = None
     truncated: bool = False
+    rejected: "TokenizedRow | None" = None
+    """The worse answer of a preference pair, whose better one this is."""
+
+    @property
+    def documents(self) -> "tuple[TokenizedRow, ...]":
+        """What the store holds of it, one behind the other: itself, and the worse answer if it is a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 class SplitWriter:
@@ -78,19 +86,23 @@ class SplitWriter:
         self._rows = self._tokens = self._supervised = self._truncated = 0
 
     def write(self, row: TokenizedRow) -> None:
-        ids = np.asarray(row.input_ids, np.int32)  # a list takes ten times as much
-        mask = None if row.loss_mask is None else np.asarray(row.loss_mask, np.bool_)
-        self._buffer.append(row._replace(input_ids=ids, loss_mask=mask))
+        for document in row.documents:
+            self._add(document)
         self._rows += 1
-        self._tokens += len(ids)
-        self._tokens_in_buffer += len(ids)
-        self._supervised += 1 if mask is None else int(np.count_nonzero(mask))
-        self._truncated += row.truncated
+        self._truncated += any(document.truncated for document in row.documents)
         shard_is_full = self._rows_in_shard + len(self._buffer) >= self._rows_per_shard
         if shard_is_full or len(self._buffer) >= ROWS_PER_BATCH or self._tokens_in_buffer >= TOKENS_PER_BATCH:
             self._flush()
         if shard_is_full:
             self._close_shard()
+
+    def _add(self, document: TokenizedRow) -> None:
+        ids = np.asarray(document.input_ids, np.int32)  # a list takes ten times as much
+        mask = None if document.loss_mask is None else np.asarray(document.loss_mask, np.bool_)
+        self._buffer.append(document._replace(input_ids=ids, loss_mask=mask))
+        self._tokens += len(ids)
+        self._tokens_in_buffer += len(ids)
+        self._supervised += 1 if mask is None else int(np.count_nonzero(mask))
 
     @property
     def manifest(self) -> SplitManifest:
@@ -157,27 +169,39 @@ class _Batch(NamedTuple):
 
 
 class Rows:
-    """One split, memory-mapped. `lengths` is int32 [rows]: tokens per row."""
+    """One split, memory-mapped. A row is one document, or the two of a preference pair (`paired`)."""
 
-    def __init__(self, batches: list[_Batch]) -> None:
+    def __init__(self, batches: list[_Batch], paired: bool = False) -> None:
         self._batches = batches
         self._starts = np.cumsum([0] + [len(batch.offsets) - 1 for batch in batches])
+        self._per_row = 2 if paired else 1
         counts = [np.diff(batch.offsets) for batch in batches]
+        documents = np.concatenate([np.zeros(0, np.int32), *counts]).reshape(-1, self._per_row)
+        self.lengths: npt.NDArray[np.int32] = documents.sum(axis=1, dtype=np.int32)
+        """Tokens per row, int32 [rows]."""
+        self.padded_lengths: npt.NDArray[np.int32] = documents.max(axis=1, initial=0) * np.int32(self._per_row)
+        """Tokens per row if its documents are padded to the same length, int32 [rows]."""
+        self.reference: npt.NDArray[np.float32] | None = None
+        """What the start model thinks of each pair, see `train.preference`: [rows, 2]."""
         self.features: npt.NDArray[np.float32] | None = None
         """What a frozen encoder says of each row, [rows, width], where it was computed before (method Head)."""
-        self.lengths: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *counts])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def input_ids(self, row: int) -> npt.NDArray[np.int64]:
+    def documents(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of the rows' documents; of a pair the better answer, then the worse one."""
+        found: npt.NDArray[np.int64] = (rows[:, None] * self._per_row + np.arange(self._per_row)).ravel()
+        return found
+
+    def input_ids(self, document: int) -> npt.NDArray[np.int64]:
         """Token ids, int64 [length]."""
-        batch, _, start, stop = self._find(row)
+        batch, _, start, stop = self._find(document)
         return batch.input_ids[start:stop].astype(np.int64)
 
-    def loss_mask(self, row: int) -> npt.NDArray[np.bool_]:
+    def loss_mask(self, document: int) -> npt.NDArray[np.bool_]:
         """True where the token is supervised, bool [length]. Generation only."""
-        batch, _, start, stop = self._find(row)
+        batch, _, start, stop = self._find(document)
         mask: npt.NDArray[np.bool_] = batch.loss_mask[start:stop].to_numpy(zero_copy_only=False)
         return mask.astype(np.bool_)
 
@@ -188,11 +212,11 @@ class Rows:
             raise TypeError("rows of task Generation have no labels")
         return int(batch.labels[index])
 
-    def _find(self, row: int) -> tuple[_Batch, int, int, int]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        batch, index = self._batches[number], row - int(self._starts[number])
+    def _find(self, document: int) -> tuple[_Batch, int, int, int]:
+        if not 0 <= document < self._starts[-1]:
+            raise IndexError(f"document {document} of {self._starts[-1]}")
+        number = int(np.searchsorted(self._starts, document, side="right")) - 1
+        batch, index = self._batches[number], document - int(self._starts[number])
         return batch, index, int(batch.offsets[index]), int(batch.offsets[index + 1])
 
 
@@ -207,8 +231,11 @@ def _map_batch(batch: Any) -> _Batch:
     )
 
 
-def open_split(data: Path, split: str) -> Rows:
-    """Maps data/<split>; raises StageError if it was never written or is damaged."""
+def open_split(data: Path, split: str, paired: bool = False) -> Rows:
+    """Maps data/<split>, which holds preference pairs if it is `paired`.
+
+    Raises StageError if it was never written or is damaged.
+    """
     folder = data / split
     if not folder.is_dir():
         raise StageError(Reason.STAGE_FAILED, f"the prepared data has no split '{split}'; run prepare again")
@@ -221,7 +248,7 @@ def open_split(data: Path, split: str) -> Rows:
             raise StageError(
                 Reason.STAGE_FAILED, f"the prepared data is damaged ({split}/{shard.name}); run prepare again"
             ) from error
-    return Rows(batches)
+    return Rows(batches, paired)
 
 
 def write_manifest(data: Path, manifest: DataManifest) -> None:

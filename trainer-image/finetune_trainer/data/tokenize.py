@@ -21,6 +21,7 @@ from finetune_trainer.data.convert import (
     InvalidRowError,
     LabelledText,
     PlainText,
+    Preference,
     PromptCompletion,
     Turn,
 )
@@ -67,6 +68,7 @@ class Encoder:
             PlainText: self._encode_plain,
             PromptCompletion: joined,
             Conversation: self._encode_turns,
+            Preference: self._encode_pairs,
         }
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | InvalidRowError]:
@@ -125,8 +127,12 @@ class Encoder:
             results.append(self._row(ids, [False] * len(start) + [True] * (len(ids) - len(start))))
         return results
 
+    def _encode_pairs(self, examples: list[Preference]) -> list[Encoded | InvalidRowError]:
+        chosen, rejected = self.encode([e.chosen for e in examples]), self.encode([e.rejected for e in examples])
+        return [_pair(better, worse) for better, worse in zip(chosen, rejected, strict=True)]
+
     def _encode_turns(self, examples: list[Conversation | PromptCompletion]) -> list[Encoded | InvalidRowError]:
-        rendered = [self._render_answers(_turns(example)) for example in examples]
+        rendered = [self._render_answers(*_turns(example)) for example in examples]
         texts = [item[0] for item in rendered if not isinstance(item, InvalidRowError)]
         if not self._tokenizer.is_fast:
             raise UserError(
@@ -148,13 +154,14 @@ class Encoder:
             number += 1
         return results
 
-    def _render_answers(self, turns: Sequence[Turn]) -> tuple[str, list[Span]] | InvalidRowError:
-        """The conversation as text and where in it the assistant speaks, in characters."""
+    def _render_answers(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]] | InvalidRowError:
+        """The conversation as text and where in it, after the `given` turns, the assistant speaks, in characters."""
         try:
             if self._marked:
                 texts, spans = self._render(turns, mark_answers=True)
-                return texts[0], [(int(start), int(end)) for start, end in spans[0]]
-            return self._answers_by_prefix(turns)
+                before = sum(turn.role == "assistant" for turn in turns[:given])
+                return texts[0], [(int(start), int(end)) for start, end in spans[0][before:]]
+            return self._answers_by_prefix(turns, given)
         except InvalidRowError as error:
             return error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError):
@@ -162,12 +169,12 @@ class Encoder:
                 "chat template refuses the row", f"the model knows no such order of roles: {_roles(turns)}"
             )
 
-    def _answers_by_prefix(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+    def _answers_by_prefix(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]]:
         """Each answer is what the text grows by when it is added to the turns before it."""
         (text,) = self._render(turns)
         spans = []
         for number, turn in enumerate(turns):
-            if turn.role != "assistant":
+            if turn.role != "assistant" or number < given:
                 continue
             if number == 0:
                 raise InvalidRowError("messages begin with the assistant", "there is nothing that it answers")
@@ -239,10 +246,21 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _turns(example: Conversation | PromptCompletion) -> Sequence[Turn]:
+def _turns(example: Conversation | PromptCompletion) -> tuple[Sequence[Turn], int]:
+    """The turns, and how many of them are not learned from."""
     if isinstance(example, Conversation):
-        return example.turns
-    return Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip())
+        return example.turns, example.given
+    return (Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip())), 1
+
+
+def _pair(chosen: Encoded | InvalidRowError, rejected: Encoded | InvalidRowError) -> Encoded | InvalidRowError:
+    if isinstance(chosen, InvalidRowError):
+        return InvalidRowError(chosen.reason, f"chosen: {chosen.detail}")
+    if isinstance(rejected, InvalidRowError):
+        return InvalidRowError(rejected.reason, f"rejected: {rejected.detail}")
+    if list(chosen.row.input_ids) == list(rejected.row.input_ids):
+        return InvalidRowError("chosen and rejected are the same", "as far as the tokens that are kept tell")
+    return Encoded(chosen.row._replace(rejected=rejected.row), chosen.length + rejected.length)
 
 
 def _roles(turns: Sequence[Turn], most: int = 8) -> str:

@@ -70,6 +70,21 @@ def generation(name: str, loss: float) -> Evaluation:
     return Evaluation(name=name, metrics={Metric.LOSS: loss, Metric.PERPLEXITY: perplexity})
 
 
+def preference(name: str, margins: Floats) -> Evaluation:
+    """All metrics of preference tuning. `margins`: by how much the better answer of each pair is ahead, at least one.
+
+    A pair that is no more preferred one way than the other counts half, so a model that learned nothing has 0.5.
+    """
+    return Evaluation(
+        name=name,
+        metrics={
+            Metric.LOSS: float(np.logaddexp(0, -margins).mean()),
+            Metric.REWARD_ACCURACY: float(((margins > 0) + 0.5 * (margins == 0)).mean()),
+            Metric.REWARD_MARGIN: float(margins.mean()),
+        },
+    )
+
+
 def better(metric: Metric, score: float, than: float) -> bool:
     """Whether `score` is a strict improvement."""
     return score < than if metric.lower_is_better else score > than

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.model.adapters import apply_method, block_lists, head_modules
+from finetune_trainer.model.quantize import Nf4
 from finetune_trainer.model.start_adapter import check_layers, check_start, load_start
 from finetune_trainer.workspace import Workspace
 
@@ -43,8 +44,12 @@ def load_tokenizer(workspace: Workspace, trust_remote_code: bool = False) -> Pre
     return tokenizer
 
 
-def build_model(plan: Plan, workspace: Workspace, labels: list[str] | None) -> torch.nn.Module:
+def build_model(
+    plan: Plan, workspace: Workspace, labels: list[str] | None, quantization: Nf4 | None = None
+) -> torch.nn.Module:
     """The model as it is before its first step, in fp32 on the CPU, with exactly the trained weights requiring grad.
+
+    With `quantization` it is on that device instead, and the frozen layers of its blocks are quantised.
 
     The fresh weights (head, adapters) are drawn from training.seed, so every call gives the same model; the
     global RNG is left as it was. With model.adapter they are those of the adapter in the workspace. `labels`, in the
@@ -54,7 +59,7 @@ def build_model(plan: Plan, workspace: Workspace, labels: list[str] | None) -> t
     tokenizer = load_tokenizer(workspace, plan.model.trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.training.seed)
-        model = _load_foundation(plan, workspace, labels)
+        model = _load_foundation(plan, workspace, labels, quantization)
         _set_padding(model, int(tokenizer.pad_token_id))
         model = apply_method(model, plan)
     if plan.model.adapter is not None:
@@ -70,13 +75,8 @@ def check_start_adapter(plan: Plan, workspace: Workspace, labels: list[str] | No
 
 def build_skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> torch.nn.Module:
     """The job's model on the meta device, with exactly the trained weights requiring grad. No weights are read."""
-    auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
-    trusted = {"trust_remote_code": plan.model.trust_remote_code}
-    config = AutoConfig.from_pretrained(workspace.model, local_files_only=True, **trusted)
-    if labels is not None:
-        config.num_labels = len(labels)
     with torch.device("meta"):
-        return apply_method(auto.from_config(config, dtype=torch.float32, **trusted), plan)
+        return apply_method(_skeleton(plan, workspace, labels), plan)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -97,7 +97,21 @@ def load_trainable_state(model: torch.nn.Module, path: Path) -> None:
             weight.copy_(stored[name])
 
 
-def _load_foundation(plan: Plan, workspace: Workspace, labels: list[str] | None) -> PreTrainedModel:
+def _skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> PreTrainedModel:
+    """The foundation model with the task's head, without weights."""
+    auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    trusted = {"trust_remote_code": plan.model.trust_remote_code}
+    config = AutoConfig.from_pretrained(workspace.model, local_files_only=True, **trusted)
+    if labels is not None:
+        config.num_labels = len(labels)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, **trusted)
+    return model
+
+
+def _load_foundation(
+    plan: Plan, workspace: Workspace, labels: list[str] | None, quantization: Nf4 | None
+) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     settings: dict[str, Any] = {}
     if plan.task is Task.CLASSIFICATION:
@@ -111,6 +125,8 @@ def _load_foundation(plan: Plan, workspace: Workspace, labels: list[str] | None)
             "problem_type": "single_label_classification",
             "ignore_mismatched_sizes": True,  # a head for other labels is replaced; anything else is refused below
         }
+    if quantization is not None:
+        settings |= quantization.loading(_skeleton(plan, workspace, labels))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of missing weights is judged below
     try:

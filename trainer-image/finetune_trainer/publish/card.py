@@ -57,7 +57,7 @@ def model_card(
         _loading(plan, model.revision),
         f"`sha256sum -c {SUMS}` tells whether all files are here and unharmed.",
         "## Scores",
-        *_scores(evaluation, dtype),
+        *_scores(plan, evaluation, dtype),
         "## Data",
         *_data(data),
         "## Training",
@@ -77,7 +77,7 @@ def _metadata(plan: Plan) -> str:
         library_name="peft" if adapter else "transformers",
         pipeline_tag=TEXT_CLASSIFICATION if plan.task is Task.CLASSIFICATION else TEXT_GENERATION,
         metrics=list(dict.fromkeys(HUB_METRICS[metric] for metric in plan.evaluation.metrics if metric in HUB_METRICS)),
-        tags=[TAG, *(["lora"] if plan.method is MethodType.LORA else [])],
+        tags=[TAG, *(["lora"] if plan.method is MethodType.LORA else []), *(["dpo"] if plan.dpo else [])],
     )
     return str(card.to_yaml()).strip()
 
@@ -119,7 +119,7 @@ def _loading(plan: Plan, revision: str | None) -> str:
     return f"```python\n{code}\n```"
 
 
-def _scores(evaluation: EvaluationReport, dtype: torch.dtype) -> list[str]:
+def _scores(plan: Plan, evaluation: EvaluationReport, dtype: torch.dtype) -> list[str]:
     tuned, baseline = evaluation.tuned, evaluation.baseline
     rows = [(name, decimal(value), decimal(baseline.metrics.get(name)) or "–") for name, value in tuned.metrics.items()]
     parts = [
@@ -131,6 +131,17 @@ def _scores(evaluation: EvaluationReport, dtype: torch.dtype) -> list[str]:
             f"The weights are stored as {str(dtype).removeprefix('torch.')}, as the foundation model's are. The scores "
             "are those of the tuned weights before they were rounded to that; the rounded ones may score slightly "
             "differently."
+        )
+    if plan.dpo is not None:
+        parts.append(
+            "The reward of an answer is beta times the gain of its log-likelihood over the foundation model's (or the "
+            "start adapter's). rewardAccuracy is the share of pairs whose better answer has the higher reward, "
+            "rewardMargin by how much on average."
+        )
+    if plan.lora and plan.lora.quantization:
+        parts.append(
+            f"The adapter was trained and scored beside foundation weights in {plan.lora.quantization.value}; beside "
+            "the full weights, or merged into them, it may score slightly differently."
         )
     if tuned.classes:
         classes = (
@@ -188,6 +199,8 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "head alone first": plan.head_first and _head_first(plan.head_first),
         "LoRA dropout": plan.lora and plan.lora.dropout,
         "LoRA target modules": targets,
+        "quantization while training": plan.lora and plan.lora.quantization and plan.lora.quantization.value,
+        "preference loss": plan.dpo and f"DPO, beta {plan.dpo.beta:g}",
         "epochs": training.epochs,
         "maximum steps": training.max_steps,
         "published step": best_step,
@@ -228,7 +241,8 @@ def _patience(settings: PlanEarlyStopping) -> str:
 
 def _method(plan: Plan) -> str:
     lora = plan.lora
-    return plan.method.value if lora is None else f"{lora.variant.value} (rank {lora.rank}, alpha {lora.alpha})"
+    method = plan.method.value if lora is None else f"{lora.variant.value} (rank {lora.rank}, alpha {lora.alpha})"
+    return f"{method} on preference pairs (DPO)" if plan.dpo else method
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

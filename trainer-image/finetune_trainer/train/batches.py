@@ -189,6 +189,15 @@ class MicroBatch:
     """Set if it is packed."""
     position_ids: torch.Tensor | None = None
     """int64 [1, t], from 0 in each document (packed)."""
+    document_targets: tuple[int, ...] = ()
+    """How many of the targets each document has (Generation)."""
+    reference: torch.Tensor | None = None
+    """Of preference pairs, `Rows.reference`: fp32 [rows, 2]. There is then one loss per pair."""
+
+    @property
+    def loss_count(self) -> int:
+        """How many losses it has: one per target, or per pair."""
+        return len(self.targets if self.reference is None else self.rows)
 
     def lengthen(self, pad_token_id: int) -> "MicroBatch":
         """The packed sequence with padding up to the next `bucket`: one more document, without targets."""
@@ -250,7 +259,7 @@ class Batching:
             return np.array_split(rows, math.ceil(len(rows) / self.micro_batch_tokens))
         if self.packed:
             return packs(rows, data.lengths, self.micro_batch_tokens)
-        return padded_groups(rows, data.lengths, self.micro_batch_tokens, self.most_padding)
+        return padded_groups(rows, data.padded_lengths, self.micro_batch_tokens, self.most_padding)
 
     def read(self, data: Rows, rows: Indices) -> MicroBatch:
         """The micro-batch of these rows."""
@@ -262,11 +271,14 @@ class Batching:
                 tokens=int(data.lengths[rows].sum()),
                 features=torch.from_numpy(data.features[rows]),
             )
-        documents = [data.input_ids(row) for row in rows.tolist()]
+        numbers = data.documents(rows).tolist()
+        documents = [data.input_ids(number) for number in numbers]
         if self.task is Task.GENERATION:
-            supervised = [data.loss_mask(row) for row in rows.tolist()]
+            supervised = [data.loss_mask(number) for number in numbers]
             batch = arrange(documents, supervised, self.pad_token_id, self.packed)
-            return replace(batch.lengthen(self.pad_token_id) if self.in_buckets else batch, rows=rows)
+            reference = None if data.reference is None else torch.from_numpy(data.reference[rows])
+            batch = replace(batch, rows=rows, reference=reference)
+            return batch.lengthen(self.pad_token_id) if self.in_buckets else batch
         return replace(padded(documents, _labels(data, rows), self.pad_token_id), rows=rows)
 
     def halve(self, longest: int) -> bool:
@@ -302,9 +314,11 @@ def arrange(
     before = np.flatnonzero(learned)
     targets = torch.from_numpy(tokens[before + 1])
     rows = np.arange(len(documents))
+    counts = tuple(int(np.count_nonzero(mask[1:])) for mask in supervised)
     if packed:
         return MicroBatch(
             rows=rows,
+            document_targets=counts,
             input_ids=torch.from_numpy(tokens).unsqueeze(0),
             targets=targets,
             tokens=len(tokens),
@@ -315,6 +329,7 @@ def arrange(
     ids, inside = _pad(documents, pad_token_id)
     return MicroBatch(
         rows=rows,
+        document_targets=counts,
         input_ids=torch.from_numpy(ids),
         targets=targets,
         tokens=len(tokens),

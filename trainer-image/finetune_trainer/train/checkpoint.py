@@ -109,6 +109,7 @@ def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
     settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}
+    settings |= {f"method.dpo.{name}": value for name, value in spec.get("dpo", {}).items()}
     settings |= {
         "task": spec["task"],
         "model.uri": spec["model"]["location"]["uri"],

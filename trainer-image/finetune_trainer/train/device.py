@@ -40,6 +40,11 @@ class Device:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which matrices are multiplied."""
+        return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
+
 
 def choose_device(wanted: PlanDevice, precision: Precision | None) -> Device:
     """Raises UserError (AcceleratorMissing) if a GPU was asked for and is not there: never CPU in silence."""
@@ -79,11 +84,14 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
 def castable_layers(model: torch.nn.Module) -> Iterator[torch.nn.Linear]:
     """Linear layers that are not trained, whose weights may be kept in less than fp32.
 
-    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too.
+    The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too, and
+    quantised ones.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
+        if not isinstance(module, torch.nn.Linear) or id(module.weight) in kept:
+            continue
         frozen = not any(weight.requires_grad for weight in module.parameters())
-        if isinstance(module, torch.nn.Linear) and frozen and id(module.weight) not in kept:
+        if frozen and module.weight.is_floating_point():
             yield module

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,10 +27,18 @@ from finetune_trainer.train.batches import Batching, BatchPlan, MicroBatch
 from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.forward import Forward
+from finetune_trainer.train.preference import Preference
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
 from finetune_trainer.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    def losses(self, batch: MicroBatch) -> torch.Tensor:
+        """Losses in nats, fp32 [batch.loss_count]."""
 
 
 @dataclass
@@ -59,6 +68,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.model = self.forward.model
+        dpo = self.plan.dpo
+        self._objective: Objective = Preference(self.forward, dpo.beta) if dpo else self.forward
         self._saved = self.state if self.state.step else None
         self._interval = self._new_interval()
         every, total = self.plan.training.evaluation_steps or self.batches.total_steps, self.batches.total_steps
@@ -130,7 +141,7 @@ class Loop:
         while True:
             micro = [self.batching.read(self.train, group) for group in self.batching.cut(self.train, rows)]
             try:
-                return accumulate_gradients(self.forward, micro, self.device, seed, self._beat, only=only), micro
+                return accumulate_gradients(self._objective, micro, self.device, seed, self._beat, only=only), micro
             except torch.OutOfMemoryError:
                 if not self.batching.halve(int(self.train.lengths.max())):
                     raise
@@ -147,7 +158,7 @@ class Loop:
         # from step to step: what an accelerator is still busy with counts where it is waited for
         seconds, self._step_ended = now - self._step_ended, now
         targets, tokens, rows = (
-            sum(len(batch.targets) for batch in micro),
+            sum(batch.loss_count for batch in micro),
             sum(batch.tokens for batch in micro),
             sum(len(batch.rows) for batch in micro),
         )
@@ -267,7 +278,7 @@ class Loop:
 
 
 def accumulate_gradients(
-    forward: Forward,
+    objective: Objective,
     micro: list[MicroBatch],
     device: Device,
     seed: list[int],
@@ -275,20 +286,20 @@ def accumulate_gradients(
     *,
     only: list[torch.nn.Parameter] | None = None,
 ) -> torch.Tensor:
-    """Adds the gradients of the mean loss per target over all micro-batches; returns the sum of the losses.
+    """Adds the gradients of the mean loss over all micro-batches; returns the sum of the losses.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
     i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
     gradients. The result is a float64 scalar on the device: nothing waits for it here.
     """
-    targets = max(1, sum(len(batch.targets) for batch in micro))
+    count = max(1, sum(batch.loss_count for batch in micro))
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
     for number, batch in enumerate(micro):
         beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
-            loss = forward.losses(batch.to(device.torch_device)).sum()
-        (loss / targets).backward(inputs=only)  # type: ignore[no-untyped-call]
+            loss = objective.losses(batch.to(device.torch_device)).sum()
+        (loss / count).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
 

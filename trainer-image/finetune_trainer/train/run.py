@@ -21,10 +21,12 @@ from finetune_trainer.data.store import DataManifest, Rows, open_split, read_man
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluate.baselines import START, UNTUNED, majority_class
 from finetune_trainer.evaluate.gate import judge
+from finetune_trainer.evaluate.metrics import preference as preference_scores
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, trainable_state
+from finetune_trainer.model.quantize import choose_quantization
 from finetune_trainer.telemetry import Telemetry
-from finetune_trainer.train import early_stopping
+from finetune_trainer.train import early_stopping, preference
 from finetune_trainer.train.batches import Batching, BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
@@ -90,11 +92,12 @@ class _Run:
     ) -> None:
         self.plan, self.telemetry, self.workspace, self.manifest = plan, telemetry, workspace, manifest
         self.device, self.checkpoints, self.digest = device, checkpoints, digest
-        self.train = _rows(workspace, manifest, "train")
-        self.validation = _rows(workspace, manifest, "validation")
+        paired = plan.dpo is not None
+        self.train = _rows(workspace, manifest, "train", paired)
+        self.validation = _rows(workspace, manifest, "validation", paired)
         has_test = "test" in manifest.splits and manifest.splits["test"].rows > 0
         self.final_split = "test" if has_test else "validation"
-        self.final = _rows(workspace, manifest, "test") if has_test else self.validation
+        self.final = _rows(workspace, manifest, "test", paired) if has_test else self.validation
         training = plan.training
         size = BatchSize(sequences=training.batch_sequences, tokens=training.batch_tokens)
         self.batches = BatchPlan(self.train.lengths, size, training.seed, training.epochs, training.max_steps)
@@ -103,6 +106,8 @@ class _Run:
     def result(self) -> Result:
         newest = self.checkpoints.newest()
         forward, evaluator = self._prepare_model()
+        if self.plan.dpo is not None:
+            self._read_references(forward, evaluator.batching)
         untuned = self._untuned_baseline(forward, evaluator) if self.plan.task is Task.GENERATION else None
         state = self._train(forward, evaluator, newest)
         self.telemetry.update(total_steps=state.step)
@@ -122,7 +127,8 @@ class _Run:
         )
         if self.device.torch_device.type == "cpu" and self.plan.device.memory_limit_bytes is not None:
             return_free_memory()
-        model = build_model(self.plan, self.workspace, self.manifest.labels)
+        quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
+        model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
         cast_frozen(model, self.device.precision)
         model.to(self.device.torch_device)
@@ -155,7 +161,7 @@ class _Run:
             len(self.train),
             forward.batching,
         )
-        return forward, Evaluator(batching, self.manifest.labels, self.device)
+        return forward, Evaluator(batching, self.manifest.labels, self.device, self.plan.dpo)
 
     def _encode_once(self, forward: Forward, batching: Batching) -> Forward:
         """The frozen encoder's features of all rows, and the way to run the head on them; if it can be run so."""
@@ -207,13 +213,27 @@ class _Run:
 
     def _untuned_baseline(self, forward: Forward, evaluator: Evaluator) -> Evaluation:
         """Of the model as it was built: fresh adapters add nothing yet. Kept, so that a resume is spared of it."""
+        name = START if self.plan.model.adapter else UNTUNED
+        if self.plan.dpo is not None:
+            return preference_scores(name, np.zeros(len(self.final)))  # it is what gains are measured from
         path = self.workspace.checkpoints / BASELINE
         known = _recall(path, self.digest, Evaluation)
         if known is None:
-            name = START if self.plan.model.adapter else UNTUNED
             known = evaluator(name, forward, self.final, self._on_batch(f"Evaluating the {name}", 0.0, 0.0))
             _remember(path, self.digest, known)
         return known
+
+    def _read_references(self, forward: Forward, batching: Batching) -> None:
+        """What the model says of every pair before its first step. Kept, for after it there is no asking."""
+        splits = {"train": self.train, "validation": self.validation, self.final_split: self.final}
+        for name, rows in splits.items():
+            path = self.workspace.checkpoints / f"reference-{name}.safetensors"
+            known = preference.recall(path, self.digest)
+            if known is None:
+                report = self._on_batch(f"Scoring the {name} pairs with the start model", 0.0, 0.0)
+                known = preference.start_likelihoods(forward, rows, batching, self.device, report)
+                preference.remember(path, self.digest, known)
+            rows.reference = known
 
     def _majority_baseline(self) -> Evaluation:
         return majority_class(_labels(self.train), _labels(self.final), self.manifest.labels or [])
@@ -295,13 +315,13 @@ def _recall(path: Path, digest: str, kind: type[D]) -> D | None:
         return None
 
 
-def _rows(workspace: Workspace, manifest: DataManifest, split: str) -> Rows:
+def _rows(workspace: Workspace, manifest: DataManifest, split: str, paired: bool) -> Rows:
     if split not in manifest.splits or manifest.splits[split].rows == 0:
         raise UserError(
             Reason.DATA_INVALID,
             f"the {split} split has no rows: give more data, or a larger share of it in dataset.{split}",
         )
-    return open_split(workspace.data, split)
+    return open_split(workspace.data, split, paired)
 
 
 def _labels(data: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
