@@ -8,7 +8,19 @@ from finetune_api.progress import Outcome, PrepareResult, Progress, PublishResul
 from finetune_api.status import ArtifactStatus, DataStatus, FineTuneJobStatus, GateResult, ModelStatus, Score
 from finetune_operator.cluster import Event
 from finetune_operator.controller import reconcile
-from finetune_operator.observed import Key, Manifest, Observed, Resource, format_time, stage_of
+from finetune_operator.observed import (
+    INDEX_ANNOTATION,
+    INDEX_FAILURES_ANNOTATION,
+    Key,
+    Manifest,
+    Observed,
+    Resource,
+    format_time,
+    index_of,
+    newest_of_each_node,
+    stage_of,
+    terminated,
+)
 from finetune_operator.plans import PodLayout
 from finetune_operator.reconcile import Context
 from finetune_operator.settings import Settings
@@ -144,17 +156,26 @@ class FakeCluster:
         self.body["spec"] = {**self.body["spec"], **spec}
         self.body["metadata"]["generation"] += 1
 
-    def pod(self, stage: Stage, status: Manifest) -> Manifest:
+    def pod(self, stage: Stage, status: Manifest, node: int = 0) -> Manifest:
+        failures = sum(  # what the Job controller has counted for this node
+            index_of(pod) == node and (terminated(pod) or {}).get("exitCode") not in (0, 75, None)
+            for pod in self.pods.get(stage, [])
+        )
         pod = {
-            "metadata": {"name": f"demo-{stage}-0-{next(self._numbers)}", "uid": f"pod-{next(self._numbers)}"},
+            "metadata": {
+                "name": f"demo-{stage}-{node}-{next(self._numbers)}",
+                "uid": f"pod-{next(self._numbers)}",
+                "annotations": {INDEX_ANNOTATION: str(node), INDEX_FAILURES_ANNOTATION: str(failures)},
+            },
             "spec": self.jobs[stage]["spec"]["template"]["spec"],
             "status": status,
         }
         self.pods.setdefault(stage, []).append(pod)
         return pod
 
-    def start(self, stage: Stage) -> Manifest:
-        return self.pod(stage, {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]})
+    def start(self, stage: Stage, node: int = 0) -> Manifest:
+        running = {"startedAt": format_time(self.now)}
+        return self.pod(stage, {"phase": "Running", "containerStatuses": [{"state": {"running": running}}]}, node)
 
     def say(self, stage: Stage, **fields: Any) -> None:
         self.progress = Progress(stage=stage, activity="Training", updated_at=self.now, **fields)
@@ -167,24 +188,27 @@ class FakeCluster:
             "completionTime": format_time(self.now),
         }
 
-    def finish_pod(self, stage: Stage, result: Result | None = None) -> None:
+    def finish_pod(self, stage: Stage, result: Result | None = None, node: int = 0) -> None:
         """The running pod ends well; its Job does not know yet."""
         message = (result or success(stage)).to_termination_message()
-        self._end(stage, "Succeeded", {"exitCode": 0, "reason": "Completed", "message": message})
+        self._end(stage, "Succeeded", {"exitCode": 0, "reason": "Completed", "message": message}, node)
 
-    def crash(self, stage: Stage, code: int, *, reason: str = "Error", said: Result | None = None, final: bool) -> None:
+    def crash(
+        self, stage: Stage, code: int, *, reason: str = "Error", said: Result | None = None, final: bool, node: int = 0
+    ) -> None:
         """The running pod ends badly; `final`: its Job gives up."""
         end = {"exitCode": code, "reason": reason, "message": said.to_termination_message() if said else ""}
-        self._end(stage, "Failed", end)
+        self._end(stage, "Failed", end, node)
         status = self.jobs[stage]["status"]
         status["failed"] = status.get("failed", 0) + 1
         if final:
             status["conditions"] = [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]
 
-    def _end(self, stage: Stage, phase: str, terminated: Manifest) -> None:
-        pod = self.pods[stage][-1]
-        pod["status"] = {**pod["status"], "phase": phase, "containerStatuses": [{"state": {"terminated": terminated}}]}
-        self.progress = None
+    def _end(self, stage: Stage, phase: str, end: Manifest, node: int) -> None:
+        pod = next(pod for pod in newest_of_each_node(self.pods[stage]) if index_of(pod) == node)
+        pod["status"] = {**pod["status"], "phase": phase, "containerStatuses": [{"state": {"terminated": end}}]}
+        if node == 0:
+            self.progress = None
 
     async def pass_through(self, *stages: Stage) -> None:
         """Brings the job through whole stages."""

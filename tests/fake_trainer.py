@@ -21,6 +21,8 @@ tries.write_text(str(number))
 script = json.loads(os.environ["FAKE_TRAINER"])[stage]
 action = script["actions"][min(number, len(script["actions"])) - 1]
 pathlib.Path(plan["workspace"], "pid").write_text(str(os.getpid()))
+ours = {name: value for name, value in os.environ.items() if name.startswith("FINETUNE_")}
+pathlib.Path(plan["workspace"], "environment.json").write_text(json.dumps(ours))
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

@@ -210,10 +210,10 @@ BOUNDS = [
     *_range("evaluation.gate.minimum", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
     *_range("evaluation.gate.maximum", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
     *_range("evaluation.gate.minimumGain", -0.1, "greater than or equal to 0", 2e9, "less than or equal to"),
-    *_range("resources.gpus", -1, "greater than or equal to 0", 2, "less than or equal to 1"),
+    *_range("resources.gpus", -1, "greater than or equal to 0", 17, "less than or equal to 16"),
     _pattern("resources.gpuResource", "nvidia.com/"),
     _too_long("resources.gpuResource", 317),
-    *_range("resources.nodes", 0, "greater than or equal to 1", 2, "less than or equal to 1"),
+    *_range("resources.nodes", 0, "greater than or equal to 1", 65, "less than or equal to 64"),
     _too_many_keys("resources.requests", 16, 1),
     _too_many_keys("resources.limits", 16, 1),
     _quantity("resources.gpuMemory", "80GB"),
@@ -280,6 +280,7 @@ BOUNDS = [
     _bound("suspend", "yes", "must be of type boolean", "should be a valid boolean"),
     *_range("limits.activeDeadlineSeconds", 0, "greater than or equal to 1", 31536001, "less than or equal to"),
     *_range("limits.retries", -1, "greater than or equal to 0", 101, "less than or equal to 100"),
+    *_range("limits.stallSeconds", 59, "greater than or equal to 60", 86401, "less than or equal to 86400"),
     *_range("limits.ttlSecondsAfterFinished", -1, "greater than or equal to 0", 31536001, "less than or equal to"),
     _needs("task", "task", LEFT_OUT),
     _needs("model", "model", LEFT_OUT),
@@ -434,6 +435,12 @@ RULES = [
             field="spec.workspace.claimName", words="leave them out with claimName"),
     Invalid("claim and access mode", {"workspace": {"claimName": "data", "accessMode": "ReadWriteMany"}},
             field="spec.workspace.claimName", words="leave them out with claimName"),
+    *(
+        Invalid(f"several nodes on a volume of {name}", {"resources.nodes": 2, "workspace": volume},
+                field="spec.workspace.accessMode", words="the pods of several nodes share the workspace; use accessMode ReadWriteMany")
+        for name, volume in {"the usual kind": {}, "one node": {"accessMode": "ReadWriteOnce"},
+                             "one pod": {"accessMode": "ReadWriteOncePod"}}.items()
+    ),
     Invalid("Head of a generator", {"method.type": "Head"}, GENERATION, field="spec.method.type",
             words="Head is for task Classification; use LoRA or Full"),
     Invalid("labels of a generator", {"dataset.labels": ["a", "b"]}, GENERATION, field="spec.dataset.labels",
@@ -514,7 +521,7 @@ EVERYTHING: Changes = {
     "evaluation": {"metrics": ["macroF1", "accuracy", "weightedF1", "loss"],
                    "gate": {"metric": "macroF1", "minimum": 0.8, "minimumGain": 0.1}},
     "resources": {
-        "gpus": 1, "gpuMemory": "80Gi", "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 1, "allowCpuFallback": True,
+        "gpus": 16, "gpuMemory": "80Gi", "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 64, "allowCpuFallback": True,
         "requests": {"cpu": "2", "memory": "8Gi", "example.com/nic": "1"}, "limits": {"cpu": "2000m", "memory": "8.5Gi"},
         "prepare": {"requests": {"memory": "1e9"}, "limits": {"memory": "1Gi", "ephemeral-storage": "0"}},
     },
@@ -541,7 +548,7 @@ EVERYTHING: Changes = {
     "workspace": {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany", "retain": True},
     "output": {"format": "Merged", "uri": "s3://bucket/models/here", "secretRef": {"name": "s3"}},
     "suspend": True,
-    "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "ttlSecondsAfterFinished": 0},
+    "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "stallSeconds": 60, "ttlSecondsAfterFinished": 0},
 }  # fmt: skip
 
 VALID = [
@@ -594,6 +601,9 @@ VALID = [
     Valid("numbers for quantities", {"workspace.size": 1073741824, "resources.requests": {"cpu": 4}}),
     Valid("as many GPUs as it takes", {"resources": {"gpuMemory": "24Gi"}}),
     Valid("request at its limit", {"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "1024Mi"}}}),
+    Valid("several GPUs", {"resources.gpus": 8}),
+    Valid("several nodes on a volume for many", {"resources": {"gpus": 8, "nodes": 2}, "workspace.accessMode": "ReadWriteMany"}),
+    Valid("several nodes on an existing claim", {"resources.nodes": 64, "workspace.claimName": "team"}),
     Valid("existing claim", {"workspace": {"claimName": "data", "retain": True}}),
     Valid("empty blocks", {block: {} for block in ("method", "training", "evaluation", "resources", "scheduling",
                                                   "workspace", "output", "limits")}),
@@ -636,6 +646,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "resources.gpus": (LEFT_OUT, 1),
     "resources.gpuMemory": (LEFT_OUT, "80Gi"),
     "training.activationCheckpointing": (LEFT_OUT, True),
+    "resources.nodes": (1, 2),
     "resources.requests": (LEFT_OUT, {}),
     "resources.requests.memory": ("1Gi", "2Gi"),
     "resources.limits": ({"cpu": 1}, {"cpu": 2}),
@@ -655,6 +666,7 @@ _NEEDED: dict[str, Changes] = {
     "method.lora.quantization": {"resources.gpus": 1},
     "method.trainable.lastLayers": {"method.type": "Full"},
     "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
+    "resources.nodes": {"workspace.claimName": "team"},
 }
 
 UPDATES = [
@@ -667,7 +679,7 @@ UPDATES = [
     ),
     Update("suspend", {}, {"suspend": True}),
     Update("resume", {"suspend": True}, {"suspend": False}),
-    Update("limits", {"limits": {"retries": 1, "activeDeadlineSeconds": 60}}, {"limits": {"retries": 9}}),
+    Update("limits", {"limits": {"retries": 1, "activeDeadlineSeconds": 60}}, {"limits": {"retries": 9, "stallSeconds": 600}}),
     Update("ttl added", {}, {"limits.ttlSecondsAfterFinished": 60}),
     Update("ttl removed", {"limits.ttlSecondsAfterFinished": 60}, {"limits": LEFT_OUT}),
     Update("labels and annotations", {}, {".metadata.labels": {"team": "a"}, ".metadata.annotations": {"why": "b"}}),

@@ -109,7 +109,7 @@ def full_status() -> FineTuneJobStatus:
             gpus=1,
             max_length=128,
             precision="bf16",
-            device="NVIDIA H100",
+            device="2 nodes x 4 x NVIDIA H100",
             trainable_parameters=100_000,
             checkpoint_steps=5,
             evaluation_steps=40,

@@ -82,8 +82,6 @@ def _hint(error: Any, path: Path) -> str:
         return f"write {{{INNER[field]}: {value}}}"
     if kind == "enum" and field == "format" and "sources" in path:
         return "format says what a row looks like; the file type follows from the name"
-    if kind == "less_than_equal" and path[-2:] in (("resources", "gpus"), ("resources", "nodes")):
-        return f"several {'GPUs' if field == 'gpus' else field} are not supported yet"
     return ""
 
 

@@ -14,6 +14,14 @@ STAGE_LABEL = f"{GROUP}/stage"
 HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 
 TELEMETRY_PORT = 9400
+NODE_RANK_VARIABLE = "FINETUNE_NODE_RANK"
+MASTER_ADDRESS_VARIABLE = "FINETUNE_MASTER_ADDR"
+MASTER_PORT_VARIABLE = "FINETUNE_MASTER_PORT"
+"""Environment of a train pod: which of the job's nodes it is, from 0, and where node 0 can be reached."""
+
+MASTER_PORT = 29400
+"""Where the processes of several pods meet."""
+
 TERMINATION_MESSAGE_BYTES = 4096
 """The kubelet cuts a termination message at this length."""
 
@@ -67,6 +75,7 @@ class Reason(StrEnum):
     QUEUED = "Queued"
     POD_STARTING = "PodStarting"
     POD_RUNNING = "PodRunning"
+    TRAINING_STALLED = "TrainingStalled"  # it runs, but says nothing new: look at the log, suspend it to free its GPUs
     BETWEEN_STAGES = "BetweenStages"
     SUCCEEDED = "Succeeded"
     PASSED = "Passed"

@@ -327,10 +327,6 @@ class EvaluationSpec(Document):
     gate: Gate | None = Field(None, description="What the tuned model must reach on the test split; otherwise the job fails and nothing is published.")
 
 
-MOST_GPUS = 1
-"""Per node."""
-
-
 class ResourcesSpec(Document):
     rules: ClassVar = (
         *RESOURCE_RULES,
@@ -339,13 +335,16 @@ class ResourcesSpec(Document):
         Rule("!has(self.limits) || !(self.gpuResource in self.limits)", "GPUs are asked for with resources.gpus; leave them out here", "limits"),
     )
     gpus: int | None = Field(
-        None, ge=0, le=MOST_GPUS, description="GPUs for training: 1, or 0 to train on CPU. Left out: with gpuMemory as few as hold the job, else 0. Several GPUs are not supported yet."
+        None, ge=0, le=16, description="GPUs for training on each node; 0 trains on CPU. Left out: with gpuMemory as few as hold the job, at most 8; else 0."
     )
     gpu_memory: Quantity | None = Field(
         None, description="Memory of one GPU, for example 80Gi. A job that needs more is refused before a GPU is asked for. Left out: not known, nothing is refused."
     )
     gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
-    nodes: int = Field(1, ge=1, le=1, description="Nodes for training. Several nodes are not supported yet.")
+    nodes: int = Field(
+        1, ge=1, le=64, description="Pods that train together, each with its own GPUs and its own requests and limits; with GPUs for a whole node, so many nodes. "
+        "More than 1 needs a workspace that all of them can mount: workspace.accessMode ReadWriteMany, or a claimName."
+    )
     allow_cpu_fallback: bool = Field(False, description="Train on CPU if the pod that asked for GPUs sees none. Off: the job fails with AcceleratorMissing.")
     requests: Quantities | None = Field(None, description="Requests of the training container, for example {cpu: 4, memory: 16Gi}.")
     limits: Quantities | None = Field(None, description="Limits of the training container.")
@@ -381,7 +380,13 @@ class OutputSpec(Document):
 
 class LimitsSpec(Document):
     active_deadline_seconds: int | None = Field(None, ge=1, le=31536000, description="Longest time that one stage may run.")
-    retries: int = Field(3, ge=0, le=100, description="How often a stage may fail before the job fails. User errors are never retried; preemptions do not count.")
+    retries: int = Field(
+        3, ge=0, le=100, description="How often a stage may fail before the job fails. User errors are never retried; preemptions do not count. "
+        "In the training of several nodes it counts for each node, and is fixed once training begins."
+    )
+    stall_seconds: int = Field(
+        1800, ge=60, le=86400, description="Training that shows no sign of progress for so long, no step and no part of an evaluation, is reported as TrainingStalled. It is not stopped."
+    )
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000, description="Delete the FineTuneJob, and all it made, so long after it finished.")
 
 
@@ -424,7 +429,7 @@ class FineTuneJobSpec(Document):
              "|| self.method.headFirst.steps < self.training.maxSteps",
              "headFirst must leave some of training.maxSteps for the rest of the weights", "method.headFirst.steps"),
         Rule("self.task == 'Generation' || !has(self.method.dpo)", "dpo is for task Generation; a classifier has no answers to prefer", "method.dpo"),
-        Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || !has(self.resources.gpus) || self.resources.gpus > 0",
+        Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || (has(self.resources.gpus) ? self.resources.gpus > 0 : has(self.resources.gpuMemory))",
              "NF4 needs a CUDA GPU: ask for one with resources.gpus, or leave quantization out", "method.lora.quantization"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         _format_fits_task("dataset.sources"),
@@ -432,6 +437,9 @@ class FineTuneJobSpec(Document):
         _format_fits_task("dataset.test.sources"),
         Rule(f"!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, {_is_metric('m')})", _METRICS, "evaluation.metrics"),
         Rule(f"!has(self.evaluation.gate) || {_is_metric('self.evaluation.gate.metric')}", _METRICS, "evaluation.gate.metric"),
+        Rule("self.resources.nodes == 1 || has(self.workspace.claimName) || (has(self.workspace.accessMode) && self.workspace.accessMode == 'ReadWriteMany')",
+             "the pods of several nodes share the workspace; use accessMode ReadWriteMany with a StorageClass that has it, or name such a claim in claimName",
+             "workspace.accessMode"),
         Rule("!has(self.output.format) || self.output.format == 'Merged' || self.method.type == 'LoRA'",
              "only LoRA makes an adapter; use format Merged or leave it out", "output.format"),
         *(_immutable(f) for f in ("task", "model", "dataset", "method", "training", "evaluation", "resources", "workspace", "output")),

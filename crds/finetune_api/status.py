@@ -127,7 +127,7 @@ class ResolvedStatus(Document):
     gpus: int | None = Field(None, description="GPUs per node; 0 is CPU. Known after prepare if they are left to the memory plan.")
     max_length: int | None = Field(None, description="Longest row in tokens.")
     precision: str | None = Field(None, max_length=16, description="Precision; known when training has begun.")
-    device: str | None = Field(None, max_length=128, description="Device; known when training has begun.")
+    device: str | None = Field(None, max_length=128, description="Device, for example '2 nodes x 4 x NVIDIA H100'; its name is known when training has begun.")
     trainable_parameters: int | None = Field(None, description="Number of weights that are trained; known when training has begun.")
     checkpoint_steps: int | None = Field(None, description="Steps between checkpoints.")
     evaluation_steps: int | None = Field(None, description="Steps between evaluations.")

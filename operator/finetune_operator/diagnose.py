@@ -5,12 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.constants import Reason, Stage
+from finetune_api.constants import ExitCode, Reason, Stage
 from finetune_api.progress import Outcome
 from finetune_api.status import FailureStatus
 
 from finetune_operator.conditions import shorten
-from finetune_operator.observed import condition_of, container_of, result_of, terminated
+from finetune_operator.observed import (
+    condition_of,
+    container_of,
+    failures_of,
+    has_failed,
+    newest_of_each_node,
+    result_of,
+    terminated,
+)
 
 IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -78,21 +86,41 @@ def pod_failure(pod: Mapping[str, Any], stage: Stage) -> Trouble:
     return Trouble(Reason.STAGE_FAILED, _exit(code, status, stage), code)
 
 
+def culprit(pods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The pod that failed by itself, of the newest pods of all nodes: when one is lost, the others cannot go on and
+    end too. If none of the newest has failed, it is of those that failed before. `pods` are the oldest first.
+    """
+    failed = [pod for pod in newest_of_each_node(pods) if has_failed(pod)]
+    return min(failed or newest_of_each_node(filter(has_failed, pods)), key=_innocence, default=None)
+
+
+def _innocence(pod: Mapping[str, Any]) -> int:
+    """The less, the more likely it is that the others failed because of this pod."""
+    end = terminated(pod) or {}
+    if end.get("exitCode") == ExitCode.USER_ERROR:
+        return 0
+    if end.get("reason") == "OOMKilled":
+        return 1
+    if end.get("exitCode") == ExitCode.TRY_AGAIN:
+        return 4
+    return 3 if condition_of(pod, "DisruptionTarget") else 2
+
+
 def stage_failure(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], stage: Stage) -> FailureStatus:
     """Why a child Job failed for good."""
     condition = condition_of(job, "Failed") or {}
-    ended = [pod for pod in pods if terminated(pod) is not None or (pod.get("status") or {}).get("phase") == "Failed"]
+    pod = culprit(pods)
     if condition.get("reason") == "DeadlineExceeded":
         seconds = job["spec"].get("activeDeadlineSeconds")
         trouble = Trouble(
             Reason.DEADLINE_EXCEEDED,
             f"{stage} did not end within {seconds} s: raise limits.activeDeadlineSeconds or make the job smaller",
         )
-    elif ended:
-        trouble = pod_failure(ended[-1], stage)
+    elif pod is not None:
+        trouble = pod_failure(pod, stage)
     else:
         trouble = Trouble(Reason.STAGE_FAILED, condition.get("message") or "the Job failed and left no pod behind")
-    failed = (job.get("status") or {}).get("failed") or 0
+    failed = failures_of(job, pods)
     tries = f" (after {failed} attempts)" if failed > 1 else ""
     message = shorten(trouble.message + tries)
     return FailureStatus(stage=stage, reason=trouble.reason, message=message, exit_code=trouble.exit_code)

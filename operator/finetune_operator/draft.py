@@ -74,6 +74,14 @@ class Draft:
     def running(self, holds: bool, reason: Reason, message: str) -> None:
         self.conditions.set(ConditionType.RUNNING, holds, reason, message)
 
+    def stall(self, message: str, since: str) -> None:
+        """It runs, and has not got on `since` this time: a condition, and a Warning when it is new."""
+        before = self.conditions.get(ConditionType.RUNNING)
+        if before is None or before.reason is not Reason.TRAINING_STALLED:
+            reason = Reason.TRAINING_STALLED.value
+            self.events.append(Event("Warning", reason, shorten(message), f"{reason}-{since}"))
+        self.running(True, Reason.TRAINING_STALLED, message)
+
     def pause(self) -> None:
         """Nothing runs: what was estimated of the future, and a speed that is not the result's, no longer hold."""
         progress: ProgressStatus | None = self.get("progress")

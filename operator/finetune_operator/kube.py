@@ -30,9 +30,12 @@ from finetune_operator.observed import (
     Resource,
     condition_of,
     format_time,
+    index_of,
     is_owned_by,
     is_running,
     manifest_hash_of,
+    newest_of_each_node,
+    nodes_of,
     parse_time,
     stage_of,
 )
@@ -48,7 +51,7 @@ PLURALS = {
     "PersistentVolumeClaim": "persistentvolumeclaims",
     "Service": "services",
 }
-REPLACEABLE = ("ConfigMap", "NetworkPolicy")
+REPLACEABLE = ("ConfigMap", "NetworkPolicy", "Service")
 """What is brought up to date when it is created once more and would be another one today; the rest is immutable."""
 
 QUIET_START_SECONDS = 5.0
@@ -108,11 +111,11 @@ class KubeCluster:
 
     def _progress(self, stage: Stage, pods: Sequence[Manifest]) -> Progress | None:
         """The word of the first node's newest running pod; a word about another stage is none."""
-        running = [pod for pod in reversed(pods) if is_running(pod)]
-        for pod in sorted(running, key=_index_of):  # stable: the newest first
-            progress = self._progress_of(pod["metadata"]["uid"])
-            if progress is not None and progress.stage == stage:
-                return progress
+        for pod in reversed(pods):
+            if index_of(pod) == 0 and is_running(pod):
+                progress = self._progress_of(pod["metadata"]["uid"])
+                if progress is not None and progress.stage == stage:
+                    return progress
         return None
 
     async def _events_of(self, waiting: Manifest | None) -> Sequence[Manifest]:
@@ -324,23 +327,18 @@ def _name(manifest: Manifest) -> str:
 
 
 def _waiting(job: Manifest, pods: Sequence[Manifest]) -> Manifest | None:
-    """What only Events can explain: the newest pod, if it is pending and does not say why itself, or a Job that has no
-    pod at all."""
-    if pods:
-        is_pending = (pods[-1].get("status") or {}).get("phase") == "Pending"
-        return pods[-1] if is_pending and waiting_trouble(pods[-1]) is None else None
+    """What only Events can explain: a pod that is pending and does not say why itself, or a Job that has not even a pod
+    for every node."""
+    newest = newest_of_each_node(pods)
+    pending = [pod for pod in newest if (pod.get("status") or {}).get("phase") == "Pending"]
+    if pending:
+        return next((pod for pod in pending if waiting_trouble(pod) is None), None)
     has_ended = condition_of(job, "Complete") or condition_of(job, "Failed")
-    return None if has_ended or job["spec"].get("suspend") else job
+    return None if has_ended or job["spec"].get("suspend") or len(newest) == nodes_of(job) else job
 
 
 def _age_order(pod: Manifest) -> tuple[str, str]:
     return pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]
-
-
-def _index_of(pod: Manifest) -> int:
-    """Number of the pod's node in an Indexed Job."""
-    text = (pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", "0")
-    return int(text) if text.isdecimal() else 0
 
 
 def _last_seen(event: Manifest) -> str:

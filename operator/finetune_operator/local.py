@@ -70,8 +70,11 @@ class LocalLayout:
         return Location(uri=uri, path=path, secret_dir=str(folder.resolve()) if folder else None)
 
     def findings(self, spec: FineTuneJobSpec) -> list[Finding]:
-        """Every URI of the spec that has no place on this machine."""
+        """All that the spec asks for and this machine has not: several nodes, and every URI that has no place here."""
         found = []
+        if spec.resources.nodes > 1:
+            words = "`finetune run` has this machine only; leave it out, and the same batches are trained here"
+            found.append(Finding("spec.resources.nodes", f"found {spec.resources.nodes}: {words}"))
         for field, uri in _uris(spec):
             try:
                 self.locate(uri, None)

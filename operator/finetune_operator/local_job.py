@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_api.constants import MASTER_ADDRESS_VARIABLE, MASTER_PORT_VARIABLE, NODE_RANK_VARIABLE
+
 from finetune_operator.observed import Manifest, condition_of, format_time, is_running, parse_time, terminated
 
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
@@ -187,6 +189,9 @@ class LocalJob:
             "FINETUNE_TELEMETRY_HOST": "127.0.0.1",
             "FINETUNE_TELEMETRY_PORT": str(port),
             "FINETUNE_TERMINATION_LOG": str(termination_log),
+            NODE_RANK_VARIABLE: "0",
+            MASTER_ADDRESS_VARIABLE: "127.0.0.1",
+            MASTER_PORT_VARIABLE: str(free_port()),
         }
         with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(

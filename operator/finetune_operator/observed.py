@@ -4,17 +4,22 @@ Objects of Kubernetes stay dicts in their JSON form, as the API server sent them
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, Stage
+from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, ExitCode, Stage
 from finetune_api.progress import Progress, Result
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
 Manifest = dict[str, Any]
+Pod = TypeVar("Pod", bound=Mapping[str, Any])
+
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
+"""On the pods of an Indexed Job with backoffLimitPerIndex: how many of the index's pods have failed before."""
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +94,7 @@ class Observed:
     pods: Mapping[Stage, Sequence[Manifest]] = field(default_factory=dict)
     """Pods of each stage, oldest first."""
     progress: Progress | None = None
-    """The newest word of the running pod."""
+    """The newest word of the running pod; of several nodes, of the first one's."""
     events: Sequence[Manifest] = ()
     """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
 
@@ -146,6 +151,50 @@ def terminated(pod: Mapping[str, Any]) -> Manifest | None:
 
 def is_running(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") == "Running" and terminated(pod) is None
+
+
+def has_failed(pod: Mapping[str, Any]) -> bool:
+    """Whether it ended badly: its container by itself, or the pod as a whole (evicted before it could run)."""
+    end = terminated(pod)
+    return bool(end and end.get("exitCode")) or (pod.get("status") or {}).get("phase") == "Failed"
+
+
+def index_of(pod: Mapping[str, Any]) -> int:
+    """Number of the pod's node in its Indexed Job, from 0; the first one speaks for all."""
+    return _number(pod, INDEX_ANNOTATION)
+
+
+def newest_of_each_node(pods: Iterable[Pod]) -> list[Pod]:
+    """The newest pod of every index that has one, by index; `pods` are the oldest first."""
+    newest = {index_of(pod): pod for pod in pods}
+    return [newest[index] for index in sorted(newest)]
+
+
+def nodes_of(job: Mapping[str, Any]) -> int:
+    """How many pods of the Job run at a time."""
+    return int(job["spec"].get("parallelism") or 1)
+
+
+def failures_of(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> int:
+    """How often the Job's work has failed, without what its podFailurePolicy ignores.
+
+    Several nodes often fail together, and that is one failure: the most that any one of them has had.
+    """
+    if nodes_of(job) == 1:
+        return int((job.get("status") or {}).get("failed") or 0)
+    each = (_number(pod, INDEX_FAILURES_ANNOTATION) + _counts(pod) for pod in newest_of_each_node(pods))
+    return max(each, default=0)
+
+
+def _counts(pod: Mapping[str, Any]) -> bool:
+    """Whether it failed by itself: not as the victim of a peer that was lost, and not of a disruption."""
+    code = (terminated(pod) or {}).get("exitCode")
+    return has_failed(pod) and code != ExitCode.TRY_AGAIN and condition_of(pod, "DisruptionTarget") is None
+
+
+def _number(pod: Mapping[str, Any], annotation: str) -> int:
+    text = (pod["metadata"].get("annotations") or {}).get(annotation, "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def result_of(pod: Mapping[str, Any]) -> Result | None:

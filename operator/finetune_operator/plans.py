@@ -200,6 +200,11 @@ def plan_memory(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> sizing
     return None if data is None or model is None else sizing.plan_memory(spec, plan.training, model, data)
 
 
+def has_peers(plan: Plan) -> bool:
+    """Whether the stage is training on several nodes, whose pods must find each other."""
+    return plan.stage is Stage.TRAIN and plan.device.nodes > 1
+
+
 def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | None) -> ResolvedStatus:
     """The settings in force; what only the device decides comes from the running or the finished training."""
     training, found = plan.training, train or progress
@@ -219,7 +224,7 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
         gpus=plan.device.gpus if plan.device.estimated_memory_bytes else None,
         max_length=training.max_length,
         precision=precision[:16] if precision else None,
-        device=found.device[:128] if found and found.device else None,
+        device=_describe_device(plan.device, found.device if found else None),
         trainable_parameters=found.trainable_parameters if found else None,
         checkpoint_steps=training.checkpoint_steps,
         evaluation_steps=training.evaluation_steps,
@@ -292,6 +297,14 @@ def _method(plan: Plan) -> str:
     elif plan.last_layers is not None:
         method = f"{plan.method} lastLayers={plan.last_layers}"
     return f"{method}, DPO beta={decimal(plan.dpo.beta)}" if plan.dpo else method
+
+
+def _describe_device(device: PlanDevice, name: str | None) -> str | None:
+    """'NVIDIA H100', '4 x NVIDIA H100', '2 nodes x 4 x NVIDIA H100', '2 nodes x cpu'; without a name '4 GPUs'."""
+    parts = [f"{device.nodes} nodes"] if device.nodes > 1 else []
+    if device.gpus > 1:
+        parts.append(f"{device.gpus}" if name else f"{device.gpus} GPUs")
+    return " x ".join([*parts, *filter(None, [name])])[:128] or None
 
 
 def _describe_head_first(first: PlanHeadFirst) -> str:

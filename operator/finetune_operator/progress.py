@@ -16,7 +16,7 @@ from finetune_api.constants import TELEMETRY_PORT
 from finetune_api.progress import Progress
 from pydantic import ValidationError
 
-from finetune_operator.observed import Key, container_of, is_running
+from finetune_operator.observed import Key, container_of, index_of, is_running
 from finetune_operator.store import PODS, Store
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,12 @@ class ProgressPoller:
                 await asyncio.sleep(self._every)
 
     def _due(self) -> list[tuple[str, _Pod]]:
-        """Pods to ask now. Forgets pods that have ended."""
+        """Pods to ask now: of several nodes the first one, which speaks for all. Forgets pods that have ended."""
         running = {}
         for key, body in self._store.all(PODS):
             ip = (body.get("status") or {}).get("podIP")
-            if ip and is_running(body) and "running" in (container_of(body).get("state") or {}):
+            has_begun = is_running(body) and "running" in (container_of(body).get("state") or {})
+            if ip and has_begun and index_of(body) == 0:
                 running[body["metadata"]["uid"]] = (key, self._url(ip))
         self._pods = {uid: pod for uid, pod in self._pods.items() if uid in running}
         for uid, (key, url) in running.items():

@@ -17,17 +17,23 @@ from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus
 
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import shorten
-from finetune_operator.diagnose import Trouble, pod_failure, refusal, stage_failure, waiting_trouble
+from finetune_operator.diagnose import Trouble, culprit, pod_failure, refusal, stage_failure, waiting_trouble
 from finetune_operator.draft import STAGE_SHARE, Draft
 from finetune_operator.observed import (
     Manifest,
     Observed,
     Resource,
     condition_of,
+    container_of,
+    failures_of,
+    format_time,
+    has_failed,
+    index_of,
     is_running,
+    newest_of_each_node,
+    nodes_of,
     parse_time,
     result_of,
-    terminated,
 )
 from finetune_operator.plans import Layout, build_plan, plan_memory, resolved_status
 from finetune_operator.render import render_stage
@@ -159,6 +165,12 @@ def _has_ended(job: Manifest) -> bool:
     return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
 
 
+def _is_tried_again(job: Manifest, ended: Sequence[Manifest]) -> bool:
+    """Whether the Job has noticed that its pods have ended, one of them badly, and does not give up."""
+    still_active = (job.get("status") or {}).get("active")
+    return any(map(has_failed, ended)) and not still_active and condition_of(job, "FailureTarget") is None
+
+
 @dataclass(frozen=True)
 class _Walk:
     """One pass over the stages, from the first to the one that the job is in."""
@@ -205,9 +217,9 @@ class _Walk:
                 return result is not None and result.artifact is not None
 
     def _result(self, stage: Stage) -> Result | None:
-        """What the stage's pods said when they succeeded; of several nodes, the first one speaks."""
+        """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""
         for pod in self.observed.pods.get(stage, ()):
-            result = result_of(pod)
+            result = result_of(pod) if index_of(pod) == 0 else None
             if result and result.outcome is Outcome.SUCCEEDED and getattr(result, stage.value) is not None:
                 return result
         return None
@@ -268,23 +280,25 @@ class _Walk:
     def _stay(self, stage: Stage, job: Manifest) -> Decision:
         """The stage's Job is at work: says how far it is, or what it waits for."""
         pods = self.observed.pods.get(stage, ())
-        attempt = ((job.get("status") or {}).get("failed") or 0) + 1
+        failures = failures_of(job, pods)
+        attempt = min(failures, job["spec"].get("backoffLimitPerIndex", failures)) + 1  # after the last one is no next
         self._note_failed_attempt(stage, pods, attempt)
         self.draft.set(attempt=attempt)
         if self.spec.suspend and self._is_queued(stage):
             self._wait(stage, Reason.SUSPENDED_BY_USER, "")
             return self._decision(restart=(stage,))
         change = self._changes(stage, job)
-        running = [pod for pod in pods if is_running(pod)]
-        if running:
-            self._report(stage)
-            return self._decision(change=change)
-        starting = [pod for pod in pods if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
-        if len(pods) >= attempt and not starting and not self.spec.suspend:
+        newest = newest_of_each_node(pods)
+        running = [pod for pod in newest if is_running(pod)]
+        starting = [pod for pod in newest if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
+        absent = nodes_of(job) - len(newest)
+        if running and not starting and not absent:
+            return self._decision(change=change, requeue_after=self._report(stage, running[0]))
+        if not starting and not absent and not _is_tried_again(job, newest) and not self.spec.suspend:
             # its Job has not judged yet how the last pod has ended
             self.draft.running(False, Reason.BETWEEN_STAGES, f"the {stage} pod has ended")
             return self._decision(change=change)
-        trouble = self._trouble(pods, starting)
+        trouble = self._trouble(starting, absent)
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
             self._enter(WAITING[stage], trouble.message)
@@ -294,14 +308,14 @@ class _Walk:
             self._wait(stage, Reason.QUEUED, f"{stage} waits {where}")
         else:
             again = f" again (attempt {attempt})" if attempt > 1 else ""
-            self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}")
+            some = f": {len(running)} of {nodes_of(job)} pods run" if running else ""
+            self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}{some}")
         return self._decision(change=change, requeue_after=None if _is_suspended(job) else LOOK_AGAIN_SECONDS)
 
-    def _trouble(self, pods: Sequence[Manifest], starting: Sequence[Manifest]) -> Trouble | None:
-        """Why nothing runs; None while it is only a matter of time."""
-        if starting:
-            return waiting_trouble(starting[-1], self.observed.events)
-        return None if pods else refusal(self.observed.events)
+    def _trouble(self, starting: Sequence[Manifest], absent: int) -> Trouble | None:
+        """Why a pod does not run, or is not even there; None while it is only a matter of time."""
+        troubles = (waiting_trouble(pod, self.observed.events) for pod in starting)
+        return next(filter(None, troubles), refusal(self.observed.events) if absent else None)
 
     def _is_queued(self, stage: Stage) -> bool:
         """Kueue alone says when such a Job runs, and would take our `suspend` back: to suspend it we delete it."""
@@ -316,7 +330,9 @@ class _Walk:
         A Job that we did not suspend is another controller's to resume (Kueue may manage Jobs without a queue too).
         """
         limits = self.spec.limits
-        wanted = {"backoffLimit": limits.retries, "activeDeadlineSeconds": limits.active_deadline_seconds}
+        wanted = {"activeDeadlineSeconds": limits.active_deadline_seconds}
+        if "backoffLimitPerIndex" not in job["spec"]:  # which is immutable
+            wanted["backoffLimit"] = limits.retries
         if self.spec.suspend or _was_suspended(self.resource.status):
             wanted["suspend"] = self.spec.suspend
         changes = {name: value for name, value in wanted.items() if (job["spec"].get(name) or None) != (value or None)}
@@ -324,26 +340,43 @@ class _Walk:
 
     def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
         """A Warning when a new attempt follows a failed one: why it is needed."""
-        before = self.draft.get("attempt")
-        failed = [pod for pod in pods if terminated(pod) is not None]
-        if before is not None and attempt > before and failed:
-            trouble = pod_failure(failed[-1], stage)
+        before, failed = self.draft.get("attempt"), culprit(pods)
+        if before is not None and attempt > before and failed is not None:
+            trouble = pod_failure(failed, stage)
             message = f"attempt {attempt - 1} of {stage} failed: {trouble.message}"
             self.draft.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-{attempt}"))
 
-    def _report(self, stage: Stage) -> None:
+    def _report(self, stage: Stage, pod: Manifest) -> float | None:
+        """How far the running stage is, in the words of `pod`; the seconds after which it would count as stalled."""
         progress = self.observed.progress
-        if progress is None or progress.stage is not stage:
-            self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
-            self._enter(WORKING[stage], f"{stage} runs")
-            return
-        self.draft.follow(stage, progress)
-        if stage is Stage.TRAIN:
+        if progress is not None and progress.stage is not stage:
+            progress = None
+        if progress is not None:
+            self.draft.follow(stage, progress)
+        if stage is Stage.TRAIN and progress is not None:
             resource = replace(self.resource, status=self.draft.status())
             plan = build_plan(resource, self.spec, stage, self.context.layout)
             self.draft.set(resolved=resolved_status(plan, progress, None))
-        self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
-        self._enter(WORKING[stage], _describe(progress))
+        what = _describe(progress) if progress else f"{stage} runs"
+        alive = self._last_sign_of_life(pod) if stage is Stage.TRAIN else self.now
+        left = alive + self.spec.limits.stall_seconds - self.now
+        if left > 0:
+            self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
+        else:
+            since, name = format_time(alive), pod["metadata"]["name"]
+            what = f"no sign of progress since {since} ({what}): look at the log of pod {name}"
+            self.draft.stall(what, since)
+        self._enter(WORKING[stage], what)
+        return left if left > 0 and stage is Stage.TRAIN else None
+
+    def _last_sign_of_life(self, pod: Manifest) -> float:
+        """When training last got on: its own word, which the status keeps while the operator is away or the pod does
+        not answer, or the start of its container.
+        """
+        progress = self.draft.get("progress")
+        began = ((container_of(pod).get("state") or {}).get("running") or {}).get("startedAt")
+        known = parse_time(progress.last_updated_time if progress else None), parse_time(began)
+        return max(filter(None, known), default=self.now)
 
     def _finish(self, stage: Stage, result: Result) -> None:
         """A stage has ended well."""
@@ -368,8 +401,9 @@ class _Walk:
     def _fail(self, stage: Stage, job: Manifest) -> Decision:
         pods = self.observed.pods.get(stage, ())
         failure = stage_failure(job, pods, stage)
-        if failure.reason is Reason.GATE_FAILED:  # the scores are the evidence: they stay in the status
-            result = result_of(pods[-1])
+        failed = culprit(pods)
+        if failure.reason is Reason.GATE_FAILED and failed is not None:  # the scores are the evidence: they stay
+            result = result_of(failed)
             if result is not None:
                 self.draft.absorb(result)
             self.draft.conditions.set(ConditionType.GATE_PASSED, False, failure.reason, failure.message)

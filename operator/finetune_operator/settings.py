@@ -13,6 +13,8 @@ class Settings:
     trainer_image: str = "finetune-trainer"
     trainer_pull_policy: str = "IfNotPresent"
     trainer_pull_secrets: tuple[str, ...] = ()
+    dns_cidrs: tuple[str, ...] = ()
+    """Addresses of the cluster's DNS, where it is not only pods of kube-system labelled k8s-app: kube-dns."""
     operator_namespace: str = "finetune-system"
     watch_namespaces: tuple[str, ...] = ()
     """Empty: all namespaces."""
@@ -45,6 +47,7 @@ class Settings:
             trainer_image=text("TRAINER_IMAGE", cls.trainer_image),
             trainer_pull_policy=text("TRAINER_PULL_POLICY", cls.trainer_pull_policy),
             trainer_pull_secrets=names("TRAINER_PULL_SECRETS"),
+            dns_cidrs=names("DNS_CIDRS"),
             operator_namespace=text("POD_NAMESPACE", cls.operator_namespace),
             watch_namespaces=names("WATCH_NAMESPACES"),
             prometheus_namespace=text("PROMETHEUS_NAMESPACE", cls.prometheus_namespace),

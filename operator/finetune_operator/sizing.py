@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from finetune_api.plan import PlanTraining
-from finetune_api.spec import MOST_GPUS, FineTuneJobSpec, MethodType, Precision, Task
+from finetune_api.spec import FineTuneJobSpec, MethodType, Precision, Task
 from finetune_api.status import DataStatus, ModelStatus
 from kubernetes.utils.quantity import parse_quantity
 
@@ -46,7 +46,8 @@ CPU_HEAP = 0.75
 LARGEST = 2**60
 """Bytes: more than any machine has."""
 
-GPU_COUNTS = tuple(count for count in (1, 2, 4, 8) if count <= MOST_GPUS)
+GPU_COUNTS = (1, 2, 4, 8)
+"""Of a node, as clouds sell them."""
 
 CHECKPOINTS_PER_RUN = 20
 

@@ -133,11 +133,22 @@ def _system_namespace() -> Manifest:
     return namespace
 
 
+def dns_outside_pods() -> list[str]:
+    """Addresses of the cluster's DNS that are no pod's, as CIDRs."""
+    selector = ("-l", "kubernetes.io/service-name=kube-dns", "-o", "json")
+    slices = json.loads(kubectl("-n", "kube-system", "get", "endpointslices", *selector))["items"]
+    found = [end for each in slices for end in each.get("endpoints") or () if "targetRef" not in end]
+    return [f"{address}/{128 if ':' in address else 32}" for end in found for address in end["addresses"]]
+
+
 def install_operator(**values: Any) -> None:
     """Installs or upgrades the chart with this tree's images and waits until both replicas are ready."""
     settings = {
         "image": {"repository": OPERATOR_IMAGE.repository, "tag": OPERATOR_IMAGE.tag},
-        "trainer": {"image": {"repository": TRAINER_IMAGE.repository, "tag": TRAINER_IMAGE.tag}},
+        "trainer": {
+            "image": {"repository": TRAINER_IMAGE.repository, "tag": TRAINER_IMAGE.tag},
+            "dnsCidrs": dns_outside_pods(),
+        },
         "resources": {"requests": {"cpu": "20m", "memory": "96Mi"}, "limits": {"memory": "384Mi"}},
         "pollSeconds": 2,
         "logLevel": "debug",

@@ -14,19 +14,19 @@ from tests.cluster.test_jobs import wait_until_gone
 from tests.cluster.workbench import Workbench, config_map, jsonl, long_classification, tiny_classification
 
 
-def kill_container(pod: dict[str, Any]) -> None:
-    """SIGKILL to the container's first process, from the node (inside, the kernel protects it)."""
+def signal_container(pod: dict[str, Any], number: signal.Signals) -> None:
+    """A signal to the container's processes, from the node (inside, the kernel protects the first one)."""
     container = pod["status"]["containerStatuses"][0]["containerID"].split("//")[1]
-    killed = False
+    sent = False
     for cgroup in Path("/proc").glob("[0-9]*/cgroup"):
         try:
             ours = container in cgroup.read_text()
         except OSError:
             continue
         if ours:
-            os.kill(int(cgroup.parent.name), signal.SIGKILL)
-            killed = True
-    assert killed, "the container's process was not found on this machine"
+            os.kill(int(cgroup.parent.name), number)
+            sent = True
+    assert sent, "the container's process was not found on this machine"
 
 
 def kill_operators() -> None:
@@ -76,7 +76,7 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> N
     name = workbench.submit(long_classification(steps=1000))
     workbench.running_pod(name, "train")
     kit.wait_for(workbench.namespace, name, lambda job: step_of(job) > 150, 90, "training under way")
-    kill_container(workbench.running_pod(name, "train"))
+    signal_container(workbench.running_pod(name, "train"), signal.SIGKILL)
     kit.wait_for(workbench.namespace, name, lambda job: job["status"].get("attempt") == 2, 60, "attempt 2")
     job = workbench.wait(name, "Succeeded")
     pods = kit.pods(workbench.namespace, name, "train")
@@ -87,6 +87,27 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(workbench: Workbench) -> N
     warnings = [e["message"] for e in kit.events(workbench.namespace, name) if e["type"] == "Warning"]
     assert any("attempt 1 of train failed" in message for message in warnings)
     workbench.delete(name)
+
+
+def test_a_training_that_hangs_is_told_and_goes_on(workbench: Workbench) -> None:
+    name = workbench.submit(long_classification(steps=20_000, limits={"stallSeconds": 60}))
+    kit.wait_for(workbench.namespace, name, lambda job: step_of(job) > 50, 90, "training under way")
+    pod = workbench.running_pod(name, "train")
+    signal_container(pod, signal.SIGSTOP)
+
+    def stalled(job: dict[str, Any]) -> bool:
+        return kit.condition(job, "Running").get("reason") == "TrainingStalled"
+
+    kill_operators()  # the next leader knows it too
+    job = kit.wait_for(workbench.namespace, name, stalled, 150, "Running, TrainingStalled")
+    assert kit.condition(job, "Running")["status"] == "True"
+    assert pod["metadata"]["name"] in job["status"]["message"]
+    signal_container(pod, signal.SIGCONT)
+    kit.wait_for(workbench.namespace, name, lambda job: not stalled(job), 60, "no stall any more")
+    reasons = [event["reason"] for event in kit.events(workbench.namespace, name)]
+    assert reasons.count("TrainingStalled") == 1
+    workbench.delete(name)
+    wait_for_operators()
 
 
 PHASES = ["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded"]

@@ -51,7 +51,7 @@ print(right / len(rows))
 
 
 def remaining_objects(namespace: str, job: str) -> list[str]:
-    kinds = "ftj,jobs,pods,cm,pvc,networkpolicies"
+    kinds = "ftj,jobs,pods,cm,pvc,networkpolicies,services"
     return kit.kubectl("-n", namespace, "get", kinds, "-l", f"{JOB_LABEL}={job}", "-o", "name").split()
 
 

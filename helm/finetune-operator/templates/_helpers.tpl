@@ -69,7 +69,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   resources: [persistentvolumeclaims]
   verbs: [get, create]
 - apiGroups: [""]
-  resources: [configmaps]
+  resources: [configmaps, services] # services: of trainings on several nodes
   verbs: [get, create, update] # update: one that an earlier version of the operator has made
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]

@@ -1,6 +1,6 @@
 """FineTuneJob -> the Kubernetes objects of one stage. Pure: dicts in, dicts out.
 
-network   who may talk to the stage's pods, and to whom they may talk
+network   who may talk to the stage's pods, and to whom they may talk; the name by which several nodes find each other
 storage   the workspace's volume, and what a pod mounts
 pod       the pod template: the restricted Pod Security level in full
 job       the batch/v1 Job: retries, failure policy, queue
@@ -12,10 +12,10 @@ from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.observed import Manifest, Resource
-from finetune_operator.plans import Layout
+from finetune_operator.plans import Layout, has_peers
 from finetune_operator.render.job import render_job
 from finetune_operator.render.metadata import render_metadata, seal
-from finetune_operator.render.network import render_network_policy
+from finetune_operator.render.network import render_network_policy, render_service
 from finetune_operator.render.storage import render_workspace
 from finetune_operator.settings import Settings
 
@@ -29,8 +29,9 @@ def render_stage(
     itself; the Job's own leaves out `suspend`, which changes during a job's life.
     """
     children = [
-        render_network_policy(resource, plan.stage, settings),
+        render_network_policy(resource, plan, settings),
         _plan_config_map(resource, plan),
+        *([render_service(resource, plan)] if has_peers(plan) else []),
         render_job(resource, spec, plan, settings, layout.plan_path(resource, plan.stage)),
     ]
     if plan.stage is Stage.PREPARE and spec.workspace.claim_name is None:

@@ -3,11 +3,19 @@
 https://kubernetes.io/docs/concepts/security/pod-security-standards/
 """
 
-from finetune_api.constants import TELEMETRY_PORT, Stage
+from finetune_api.constants import (
+    MASTER_ADDRESS_VARIABLE,
+    MASTER_PORT,
+    MASTER_PORT_VARIABLE,
+    NODE_RANK_VARIABLE,
+    TELEMETRY_PORT,
+    Stage,
+)
 from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
-from finetune_operator.observed import Manifest, Resource
+from finetune_operator.observed import INDEX_ANNOTATION, Manifest, Resource
+from finetune_operator.plans import has_peers
 from finetune_operator.render.metadata import render_labels
 from finetune_operator.render.storage import render_storage
 from finetune_operator.settings import Settings
@@ -27,7 +35,7 @@ counts against a queue's quota, which may know of GPUs only."""
 def render_pod(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: Settings, plan_path: str) -> Manifest:
     """The template, with metadata and spec. The image's entry point is the trainer; the stage is its argument."""
     stage = plan.stage
-    storage = render_storage(resource, spec, stage)
+    storage = render_storage(resource, spec, plan)
     container = {
         "name": CONTAINER,
         "image": settings.trainer_image,
@@ -42,6 +50,7 @@ def render_pod(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: 
         },
         "terminationMessagePolicy": "File",
         "volumeMounts": list(storage.mounts.values()),
+        **({"env": _meeting_point(resource, stage)} if has_peers(plan) else {}),
     }
     return {
         "metadata": {"labels": render_labels(resource, stage)},
@@ -58,12 +67,25 @@ def render_pod(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: 
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            # an Indexed Job's pods have host names of their own: <job>-<index>.<subdomain>
+            **({"subdomain": resource.child_name(stage)} if has_peers(plan) else {}),
             **_scheduling(spec),
             **_pull_secrets(settings),
             "containers": [container],
             "volumes": list(storage.volumes.values()),
         },
     }
+
+
+def _meeting_point(resource: Resource, stage: Stage) -> list[Manifest]:
+    """Which node a pod is, and where node 0 waits for the others: at its name in the job's own Service."""
+    name = resource.child_name(stage)
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
+    return [
+        {"name": NODE_RANK_VARIABLE, "valueFrom": index},
+        {"name": MASTER_ADDRESS_VARIABLE, "value": f"{name}-0.{name}"},
+        {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
+    ]
 
 
 def _resources(spec: FineTuneJobSpec, stage: Stage, gpus: int) -> Manifest:

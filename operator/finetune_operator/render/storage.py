@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from finetune_api.constants import Stage
+from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.observed import Manifest, Resource
@@ -16,8 +17,10 @@ WORKSPACE_ACCESS = "ReadWriteOnce"
 SCRATCH_SIZE = "10Gi"
 """Of /tmp, on the node's disk; a pod that fills it is evicted before its neighbours suffer."""
 
-SHARED_MEMORY_SIZE = "1Gi"
-"""Of /dev/shm, where NCCL and worker processes meet; containers get 64 MiB. What is used counts as the pod's memory."""
+SHARED_MEMORY_GIB = 1
+"""Of /dev/shm, for each GPU: there NCCL and worker processes meet. Containers get 64 MiB; NCCL's guide asks for 1 GiB
+(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory). It is a bound and takes
+nothing away: only what is used counts, as the pod's memory."""
 
 SECRET_MODE = 0o440
 """For the pod's fsGroup, which owns the files."""
@@ -61,13 +64,15 @@ def render_workspace(resource: Resource, spec: FineTuneJobSpec) -> Manifest:
     }
 
 
-def render_storage(resource: Resource, spec: FineTuneJobSpec, stage: Stage) -> Storage:
+def render_storage(resource: Resource, spec: FineTuneJobSpec, plan: Plan) -> Storage:
     """All volumes of a stage's pod: plan, workspace, scratch space, and what `storage_used` names."""
+    stage = plan.stage
     storage = Storage()
     storage.add("plan", {"configMap": {"name": resource.child_name(stage)}}, LAYOUT.PLAN, read_only=True)
     storage.add("tmp", {"emptyDir": {"sizeLimit": SCRATCH_SIZE}}, "/tmp")
     if stage is Stage.TRAIN:
-        storage.add("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY_SIZE}}, "/dev/shm")
+        size = f"{SHARED_MEMORY_GIB * max(1, plan.device.gpus)}Gi"
+        storage.add("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": size}}, "/dev/shm")
     _add_workspace(storage, resource, spec, stage)
     workspace_claim = LAYOUT.workspace_claim(resource, spec)
     for uri, secret in storage_used(spec, stage):

@@ -65,8 +65,6 @@ def test_several_mistakes_are_told_at_once() -> None:
         ({"dataset.labels": ["no", True]}, "found true; quote it: YAML reads yes as true$"),
         ({"dataset.labels": [199, "200"]}, "found 199; quote it$"),
         ({"resources.limits": {"cpu": 1.5}}, "^expected a Kubernetes quantity such as 500m or 16Gi, found 1.5; quote it$"),
-        ({"resources.gpus": 4}, "found 4; several GPUs are not supported yet$"),
-        ({"resources.nodes": 2}, "found 2; several nodes are not supported yet$"),
         ({"dataset.sources": [{"uri": "s3://a/b", "format": "jsonl"}]}, "the file type follows from the name$"),
         ({"dataset.sources": "s3://a/b"}, '^expected a list, found "s3://a/b"$'),
         ({"dataset.sources": ["s3://a/b"]}, '^expected a mapping, found "s3://a/b"; write {uri: s3://a/b}$'),

@@ -36,6 +36,7 @@ EVERYTHING: Values = {
         "image": {"repository": "registry.example:5000/ops/trainer", "tag": "1.2.3"},
         "imagePullPolicy": "Always",
         "imagePullSecrets": [{"name": "mirror"}, {"name": "gpu-mirror"}],
+        "dnsCidrs": ["169.254.20.10/32", "10.96.0.10/32"],
     },
     "logLevel": "debug",
     "pollSeconds": 2.5,
@@ -148,6 +149,7 @@ def test_cluster_scope_has_one_cluster_role_without_secrets() -> None:
         "jobs": {"get", "list", "watch", "create", "patch", "delete"},
         "pods": {"list", "watch"},
         "configmaps": {"get", "create", "update"},
+        "services": {"get", "create", "update"},
         "networkpolicies": {"get", "create", "update"},
         "persistentvolumeclaims": {"get", "create"},
         "events": {"list", "create"},
@@ -248,6 +250,7 @@ def test_values_reach_the_operator_through_its_settings() -> None:
     assert settings.trainer_image == "registry.example:5000/ops/trainer:1.2.3"
     assert settings.trainer_pull_policy == "Always"
     assert settings.trainer_pull_secrets == ("mirror", "gpu-mirror")
+    assert settings.dns_cidrs == ("169.254.20.10/32", "10.96.0.10/32")
     assert settings.watch_namespaces == ("team-a", "team-b")
     assert settings.prometheus_namespace == "monitoring"
     assert settings.lease_name == "tuning"
@@ -255,7 +258,7 @@ def test_values_reach_the_operator_through_its_settings() -> None:
     assert settings.log_level == "DEBUG"
     assert settings.http_port == 8080
     defaults = Settings.from_environment(environment(render()))
-    assert defaults.trainer_pull_secrets == defaults.watch_namespaces == ()
+    assert defaults.trainer_pull_secrets == defaults.watch_namespaces == defaults.dns_cidrs == ()
     assert defaults.prometheus_namespace == ""
 
 
@@ -310,6 +313,8 @@ def test_monitors_keep_the_labels_of_the_jobs() -> None:
     (pod_endpoint,) = trainers["podMetricsEndpoints"]
     assert endpoint["honorLabels"] is pod_endpoint["honorLabels"] is True
     assert pod_endpoint["interval"] == "30s"
+    first = {"key": "batch.kubernetes.io/job-completion-index", "operator": "In", "values": ["0"]}
+    assert first in trainers["selector"]["matchExpressions"], "several nodes would tell the same series"
     assert trainers["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
     assert objects["ServiceMonitor", "ops/tuning"]["metadata"]["labels"]["release"] == "prometheus"
 
@@ -325,6 +330,7 @@ def test_monitors_keep_the_labels_of_the_jobs() -> None:
         ({"trainer": {"imagePullSecrets": ["mirror"]}}, "imagePullSecrets"),
         ({"monitoring": {"serviceMonitor": {"enable": True}}}, "enable"),
         ({"networkPolicy": {"apiServer": {"ports": []}}}, "ports"),
+        ({"trainer": {"dnsCidrs": ["10.96.0.10"]}}, "dnsCidrs"),
         ({"logLevel": "verbose"}, "logLevel"),
         ({"pollSeconds": 0}, "pollSeconds"),
         ({"watchNamespaces": "team-a"}, "watchNamespaces"),

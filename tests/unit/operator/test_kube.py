@@ -103,6 +103,16 @@ async def test_a_child_is_posted_in_our_name_and_is_known_at_once(world):
     assert Stage.TRAIN in (await world.observed()).jobs, "the watch may be late: it must not be created twice"
 
 
+async def test_a_service_of_ours_is_brought_up_to_date(world):
+    resource, path = await world.resource(), f"/api/v1{NAMESPACE}/services/demo-train"
+    await world.cluster.create(resource, world.child("Service", content="1"))
+    await world.cluster.create(resource, world.child("Service", content="2"))
+    assert world.fake.objects[path]["metadata"]["annotations"][HASH_ANNOTATION] == "2"
+    world.fake.objects[path]["metadata"]["ownerReferences"] = []
+    with pytest.raises(NameClashError, match="Service demo-train exists and belongs to somebody else"):
+        await world.cluster.create(resource, world.child("Service", content="3"))
+
+
 async def test_a_child_that_is_there_and_ours_is_left_as_it_is(world):
     resource = await world.resource()
     await world.cluster.create(resource, world.child(content="1"))
@@ -344,7 +354,7 @@ async def test_the_progress_is_that_of_the_first_nodes_running_pod_of_the_curren
     assert (await world.observed()).progress is None, "the word of a stage that is over"
     says(world.pod(train, "failed", phase="Failed"), Stage.TRAIN, 0.9)
     says(world.pod(train, "second-node", "2026-01-01T00:00:09Z", index="1"), Stage.TRAIN, 0.2)
-    assert (await world.observed()).progress.fraction == 0.2, "better than nothing"
+    assert (await world.observed()).progress is None, "only the first node speaks"
     says(world.pod(train, "first-node", "2026-01-01T00:00:05Z"), Stage.TRAIN, 0.5)
     assert (await world.observed()).progress.fraction == 0.5
     says(world.pod(train, "liar", "2026-01-01T00:00:08Z"), Stage.PUBLISH, 0.7)
@@ -368,6 +378,20 @@ async def test_the_events_of_a_pod_that_does_not_start_are_read_and_not_too_ofte
         assert [event["reason"] for event in (await world.observed()).events] == ["R2", "R1"], "oldest first"
     assert len(asked()) == 1
     assert f"involvedObject.uid%3D{pod['metadata']['uid']}" in asked()[0].replace("=", "%3D")
+
+
+async def test_of_several_nodes_the_events_of_the_one_that_does_not_start_or_is_not_there_are_read(world):
+    def asked():
+        return [path.rsplit("uid%3D", 1)[1] for _, path, _ in world.fake.requests if "events" in path]
+
+    job = world.put(JOBS, JOB, {**world.child(), "spec": {"parallelism": 3}})
+    world.pod(job, "first")
+    stuck = world.pod(job, "second", phase="Pending", index="1")
+    await world.observed()
+    assert asked() == [stuck["metadata"]["uid"]]
+    world.store.remove(stuck["metadata"]["uid"], 10**9)
+    await world.observed()
+    assert asked()[1:] == [job["metadata"]["uid"]]
 
 
 async def test_the_events_of_a_job_that_gets_no_pod_are_read(world):

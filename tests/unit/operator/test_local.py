@@ -148,6 +148,15 @@ async def test_a_process_that_succeeds_completes_its_job(world, tmp_path, monkey
         assert cluster.log(TRAIN).exists()
 
 
+async def test_the_processes_of_several_gpus_meet_on_this_machine(world, tmp_path, monkeypatch):
+    fake_trainer.install(tmp_path, monkeypatch)
+    async with world.cluster(world.job(resources={"gpus": 2})) as cluster:
+        await observe_until(cluster, ended)
+        found = json.loads((world.run.path / "workspace" / "environment.json").read_text())
+        assert (found["FINETUNE_NODE_RANK"], found["FINETUNE_MASTER_ADDR"]) == ("0", "127.0.0.1")
+        assert 0 < int(found["FINETUNE_MASTER_PORT"]) != int(found["FINETUNE_TELEMETRY_PORT"])
+
+
 async def test_a_users_error_is_not_tried_again(world, tmp_path, monkeypatch):
     fake_trainer.install(tmp_path, monkeypatch, train=["refuse"])
     async with world.cluster(world.job()) as cluster:
@@ -467,9 +476,14 @@ class TestLayout:
             "dataset.validation": {"sources": [{"uri": "pvc://data/v"}]},
             "dataset.test": {"sources": [{"uri": "pvc://data/t"}]},
             "output.uri": "pvc://out/o",
+            "resources.nodes": 2,
+            "workspace.claimName": "team",
         }
         spec = parse_spec(manifest(**changes)["spec"])
-        assert [finding.field for finding in LocalLayout(tmp_path, tmp_path).findings(spec)] == [
+        found = LocalLayout(tmp_path, tmp_path).findings(spec)
+        assert str(found[0]).startswith("spec.resources.nodes: found 2: `finetune run` has this machine only")
+        assert [finding.field for finding in found] == [
+            "spec.resources.nodes",
             "spec.model.uri",
             "spec.model.adapter.uri",
             "spec.dataset.sources[1].uri",

@@ -7,7 +7,6 @@ from finetune_api.constants import Stage
 from finetune_api.rules import parse_spec
 from finetune_api.spec import FineTuneJobSpec, MethodType, Precision, Task
 from finetune_api.status import ActivationStatus, DataStatus, FineTuneJobStatus, LengthStatus, ModelStatus
-from finetune_operator import sizing
 from finetune_operator.observed import Key, Resource
 from finetune_operator.plans import PodLayout, build_plan, resolved_status
 from finetune_operator.sizing import GIB, MemoryPlan, Training, advise, estimate, explain, plan_memory
@@ -95,11 +94,6 @@ def training(model: ModelStatus, method=MethodType.FULL, precision=Precision.BF1
     return Training(method=method, model=model, precision=precision, **usual | settings)
 
 
-@pytest.fixture
-def many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "GPU_COUNTS", (1, 2, 4, 8))
-
-
 @pytest.mark.parametrize(("model", "gib"), [(LLAMA_8B, 119.7), (LLAMA_70B, 1051.3), (BERT_BASE, 1.63)])
 def test_full_tuning_with_adam_takes_16_bytes_per_weight(model, gib):
     memory = estimate(training(model), 2048, checkpointing=False)
@@ -144,7 +138,6 @@ def test_prepares_longest_row_counts_and_not_what_was_allowed():
     assert short.fits and not short.activation_checkpointing
 
 
-@pytest.mark.usefixtures("many_gpus")
 def test_full_tuning_takes_as_many_gpus_as_it_needs():
     def gpus(size: str) -> int:
         return plan_for(LLAMA_8B, make_spec("Generation", "Full", gpuMemory=size), 2048).gpus
@@ -154,7 +147,6 @@ def test_full_tuning_takes_as_many_gpus_as_it_needs():
     assert lora.gpus == 1
 
 
-@pytest.mark.usefixtures("many_gpus")
 def test_a_70b_model_does_not_fit_8_gpus_in_full_and_is_told_what_would_help():
     spec = make_spec("Generation", "Full", gpuMemory="80Gi")
     plan = plan_for(LLAMA_70B, spec, 2048)

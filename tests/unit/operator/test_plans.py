@@ -335,6 +335,25 @@ def test_the_device_is_known_when_training_says_so_and_its_end_has_the_last_word
     assert (ended.precision, ended.device, ended.trainable_parameters) == ("fp32", "cpu", 99)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "before", "while_it_trains"),
+    [
+        (0, 1, None, "NVIDIA H100"),
+        (1, 1, None, "NVIDIA H100"),
+        (4, 1, "4 GPUs", "4 x NVIDIA H100"),
+        (1, 2, "2 nodes", "2 nodes x NVIDIA H100"),
+        (4, 2, "2 nodes x 4 GPUs", "2 nodes x 4 x NVIDIA H100"),
+    ],
+)
+def test_several_gpus_and_nodes_are_shown(gpus, nodes, before, while_it_trains):
+    wanted = {"resources": {"gpus": gpus, "nodes": nodes}, "workspace": {"claimName": "team"}}
+    plan = make_plan(Stage.TRAIN, prepared=True, **wanted)
+    assert (plan.device.gpus, plan.device.nodes) == (gpus, nodes)
+    assert resolved_status(plan, None, None).device == before
+    progress = Progress(stage=Stage.TRAIN, activity="Training", fraction=0.1, device="NVIDIA H100", updated_at=0)
+    assert resolved_status(plan, progress, None).device == while_it_trains
+
+
 def test_a_precision_that_the_user_chose_is_shown_at_once():
     assert resolved_status(make_plan(training={"precision": "bf16"}), None, None).precision == "bf16"
 

@@ -53,12 +53,13 @@ class World:
         self.changed: list[Key] = []
         self.poller = ProgressPoller(self.store, self.changed.append, 0.03, port)
 
-    def pod(self, uid="p1", ip="127.0.0.1", *, phase="Running", state="running", name="demo", version="1"):
+    def pod(self, uid="p1", ip="127.0.0.1", *, phase="Running", state="running", name="demo", version="1", index="0"):
         metadata = {
             "uid": uid,
             "name": uid,
             "namespace": "team",
             "labels": {JOB_LABEL: name},
+            "annotations": {"batch.kubernetes.io/job-completion-index": index},
             "resourceVersion": version,
         }
         containers = [{"state": {state: {}}}]
@@ -98,6 +99,7 @@ async def test_only_pods_whose_container_runs_are_asked(world):
     world.pod("ended", state="terminated")
     world.pod("done", phase="Succeeded", state="terminated")
     world.pod("addressless", ip=None)
+    world.pod("second-node", index="1")
     await world.run(0.1)
     assert world.trainer.asked == []
 

@@ -1,6 +1,7 @@
 """One job's life, as its status tells it: every phase, every end, through the port."""
 
 import copy
+import re
 
 import pytest
 from finetune_api.constants import Phase, Reason, Stage
@@ -8,9 +9,17 @@ from finetune_api.progress import Outcome, Result
 from finetune_api.status import GateResult
 from finetune_operator.cluster import ForbiddenError, NameClashError, RejectedError, UnavailableError
 from finetune_operator.display import outcome
+from finetune_operator.observed import Manifest, index_of, nodes_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.fake_cluster import KEY, SPEC, TRAINED, FakeCluster, failure, success
 
@@ -72,6 +81,27 @@ async def test_the_phase_does_not_go_back_while_a_job_has_not_noticed_its_pods_e
         await cluster.settle()
         assert cluster.status.phase is Phase.PREPARING
         assert cluster.condition("Running") == ("False", "BetweenStages")
+
+
+@pytest.mark.parametrize(
+    "not_yet",
+    [{"active": 1}, {"conditions": [{"type": "FailureTarget", "status": "True"}]}],
+    ids=["unseen", "given up"],
+)
+async def test_nor_while_the_job_may_still_give_up(cluster: FakeCluster, not_yet: Manifest) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    await cluster.settle()
+    cluster.crash(Stage.PREPARE, 1, final=False)
+    noticed = cluster.jobs[Stage.PREPARE]["status"]
+    cluster.jobs[Stage.PREPARE]["status"] = not_yet
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PREPARING
+    assert cluster.condition("Running") == ("False", "BetweenStages")
+    cluster.jobs[Stage.PREPARE]["status"] = noticed
+    await cluster.settle()
+    assert cluster.status.phase is Phase.PENDING
+    assert cluster.status.message == "prepare is starting again (attempt 2)"
 
 
 async def test_every_phase_is_an_event_once(cluster: FakeCluster) -> None:
@@ -463,6 +493,244 @@ async def test_a_deadline_is_named(cluster: FakeCluster) -> None:
     assert "30 s" in (cluster.status.message or "")
 
 
+# several nodes
+
+TRAIN = Stage.TRAIN
+VICTIM = Result(stage=TRAIN, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message="a peer was lost", step=40)
+LATER_NODE = Result(stage=TRAIN, outcome=Outcome.SUCCEEDED)
+
+
+async def two_nodes_train(cluster: FakeCluster) -> None:
+    cluster.edit(resources={"gpus": 4, "nodes": 2}, workspace={"claimName": "team"}, limits={"retries": 1})
+    await cluster.pass_through(Stage.PREPARE)
+    for node in (0, 1):
+        cluster.start(TRAIN, node)
+    cluster.say(TRAIN, fraction=0.5, step=40, total_steps=80, device="NVIDIA H100")
+    await cluster.settle()
+
+
+async def test_several_nodes_train_and_the_first_one_tells_the_result(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    assert kinds(cluster)[-4:] == ["NetworkPolicy", "ConfigMap", "Service", "Job"]
+    assert cluster.condition("Running") == ("True", "PodRunning")
+    assert cluster.status.message == "Training: step 40 of 80"
+    assert cluster.status.resolved is not None and cluster.status.resolved.device == "2 nodes x 4 x NVIDIA H100"
+    cluster.finish_pod(TRAIN, LATER_NODE, node=1)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.TRAINING, "the first node has not ended"
+    cluster.finish_pod(TRAIN)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.TRAINING, "the Job is not complete"
+    assert Stage.PUBLISH not in cluster.jobs
+    cluster.jobs[TRAIN]["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
+    await cluster.settle()
+    assert cluster.status.result is not None and cluster.status.result.scores == TRAINED.scores
+    assert Stage.PUBLISH in cluster.jobs
+    await cluster.pass_through(Stage.PUBLISH)
+    assert cluster.status.phase is Phase.SUCCEEDED
+
+
+async def test_a_node_that_has_no_room_is_told_though_the_other_one_runs(cluster: FakeCluster) -> None:
+    cluster.edit(resources={"gpus": 4, "nodes": 2}, workspace={"claimName": "team"})
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(TRAIN)
+    assert await cluster.turn() is not None
+    assert cluster.status.phase is Phase.QUEUED
+    assert cluster.status.message == "train is starting: 1 of 2 pods run"
+    words = "exceeded quota: team, requested: nvidia.com/gpu=4"
+    cluster.pod_events = [{"reason": "FailedCreate", "message": words}]
+    await cluster.settle()
+    assert cluster.condition("Running") == ("False", "PodRefused")
+    cluster.pod_events = []
+    condition = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available"}
+    pod = cluster.pod(TRAIN, {"phase": "Pending", "conditions": [condition]}, node=1)
+    await cluster.settle()
+    assert cluster.condition("Running") == ("False", "Unschedulable")
+    cluster.pods[TRAIN].remove(pod)
+    cluster.start(TRAIN, node=1)
+    await cluster.settle()
+    assert cluster.condition("Running") == ("True", "PodRunning")
+
+
+async def test_a_users_error_on_one_node_is_told_and_not_the_end_of_its_peers(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    cluster.crash(TRAIN, 75, said=VICTIM, final=False)
+    await cluster.settle()
+    said = failure(TRAIN, Reason.NON_FINITE_LOSS, "the loss of step 41 is nan")
+    cluster.crash(TRAIN, 64, said=said, final=True, node=1)
+    await cluster.settle()
+    failed = cluster.status.failure
+    assert failed is not None
+    assert (failed.reason, failed.message, failed.exit_code) == (Reason.NON_FINITE_LOSS, said.message, 64)
+
+
+async def test_a_gate_that_was_not_passed_keeps_the_first_nodes_scores(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    gate = GateResult(passed=False, message="macroF1 0.91 is below the minimum 0.95")
+    train = TRAINED.model_copy(update={"gate": gate})
+    cluster.finish_pod(TRAIN, LATER_NODE, node=1)
+    cluster.crash(TRAIN, 64, said=failure(TRAIN, Reason.GATE_FAILED, gate.message, train=train), final=True)
+    await cluster.settle()
+    assert cluster.condition("GatePassed") == ("False", "GateFailed")
+    assert cluster.status.result is not None and cluster.status.result.scores == TRAINED.scores
+
+
+async def test_a_node_that_is_lost_comes_back_and_only_its_own_failure_counts(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    cluster.crash(TRAIN, 137, final=False, node=1)
+    await cluster.settle()
+    assert cluster.status.attempt == 2
+    cluster.crash(TRAIN, 75, said=VICTIM, final=False)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.QUEUED
+    assert cluster.status.message == "train is starting again (attempt 2)"
+    cluster.start(TRAIN, node=1)
+    cluster.start(TRAIN)
+    cluster.say(TRAIN, fraction=0.5, step=40, total_steps=80)
+    await cluster.settle()
+    assert (cluster.status.phase, cluster.status.attempt) == (Phase.TRAINING, 2)
+    (warning,) = [event for event in cluster.events.values() if event.type == "Warning"]
+    assert "attempt 1 of train failed" in warning.message and "SIGKILL" in warning.message
+
+
+async def test_nodes_that_crash_together_are_one_failed_attempt(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    for node in (0, 1):
+        cluster.crash(TRAIN, 1, final=False, node=node)
+    await cluster.settle()
+    assert cluster.status.attempt == 2
+    assert len([event for event in cluster.events.values() if event.type == "Warning"]) == 1
+
+
+async def test_the_last_attempt_is_the_last_one_also_before_the_job_says_so(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    for final in (False, True):
+        for node in (0, 1):
+            cluster.crash(TRAIN, 1, final=False, node=node)
+        await cluster.settle()
+        assert cluster.status.attempt == 2
+        if not final:
+            cluster.start(TRAIN)
+            cluster.start(TRAIN, node=1)
+            await cluster.settle()
+    cluster.jobs[TRAIN]["status"]["conditions"] = [{"type": "Failed", "status": "True"}]
+    await cluster.settle()
+    assert cluster.status.failure is not None and cluster.status.failure.message.endswith("(after 2 attempts)")
+    assert len([event for event in cluster.events.values() if "of train failed" in event.message]) == 1
+
+
+async def test_a_preempted_node_and_its_victims_cost_nothing(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    cluster.crash(TRAIN, 143, final=False, node=1)
+    cluster.pods[TRAIN][1]["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
+    cluster.crash(TRAIN, 75, said=VICTIM, final=False)
+    await cluster.settle()
+    assert cluster.status.attempt == 1
+    assert (cluster.status.phase, cluster.status.message) == (Phase.QUEUED, "train is starting")
+    assert not [event for event in cluster.events.values() if event.type == "Warning"]
+
+
+async def test_the_limits_of_several_nodes_change_as_far_as_the_api_server_lets_them(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    cluster.jobs[TRAIN]["spec"]["backoffLimit"] = 2**31 - 1  # the API server's default beside a limit per index
+    cluster.edit(limits={"retries": 9, "activeDeadlineSeconds": 60})
+    await cluster.settle()
+    spec = cluster.jobs[TRAIN]["spec"]
+    assert (spec["backoffLimitPerIndex"], spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (1, 2**31 - 1, 60)
+
+
+async def test_several_nodes_are_suspended_and_go_on(cluster: FakeCluster) -> None:
+    await two_nodes_train(cluster)
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    assert (cluster.status.phase, cluster.pods[TRAIN]) == (Phase.SUSPENDED, [])
+    cluster.edit(suspend=False)
+    await cluster.settle()
+    assert cluster.status.message == "train is starting"
+    for node in (1, 0):
+        cluster.start(TRAIN, node)
+    await cluster.settle()
+    assert cluster.status.phase is Phase.TRAINING
+
+
+# stalls
+
+
+def stalls(cluster: FakeCluster) -> list[str]:
+    return [event.message for event in cluster.events.values() if event.reason == "TrainingStalled"]
+
+
+async def test_training_that_does_not_get_on_is_told_once_and_takes_it_back_by_itself(cluster: FakeCluster) -> None:
+    cluster.edit(limits={"stallSeconds": 120})
+    await cluster.pass_through(Stage.PREPARE)
+    pod = cluster.start(TRAIN)
+    cluster.say(TRAIN, fraction=0.5, step=40, total_steps=80)
+    await cluster.settle()
+    left = await cluster.turn()
+    assert left is not None and 60 < left < 120, "looks again when it would be a stall"
+    await cluster.turn(left)
+    assert cluster.condition("Running") == ("True", "TrainingStalled")
+    assert cluster.status.phase is Phase.TRAINING
+    (message,) = stalls(cluster)
+    assert message == cluster.status.message
+    assert re.search(r"^no sign of progress since 20\S+Z \(Training: step 40 of 80\): look at the log of pod", message)
+    assert message.endswith(pod["metadata"]["name"])
+    writes = cluster.status_writes
+    for _ in range(3):
+        await cluster.turn(600)
+    assert cluster.status_writes == writes, "nothing new, nothing written"
+    cluster.say(TRAIN, fraction=0.5, step=41, total_steps=80)
+    await cluster.settle()
+    assert cluster.condition("Running") == ("True", "PodRunning")
+    assert cluster.status.message == "Training: step 41 of 80"
+    await cluster.turn(121)
+    assert len(stalls(cluster)) == 2, "another one"
+
+
+async def test_an_evaluation_that_goes_on_is_no_stall(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(TRAIN)
+    for _ in range(5):
+        cluster.say(TRAIN, fraction=0.5, step=40, total_steps=80)
+        await cluster.turn(1000)
+    assert cluster.condition("Running") == ("True", "PodRunning")
+    await cluster.turn(1000)
+    assert cluster.condition("Running") == ("True", "TrainingStalled")
+
+
+async def test_a_stall_is_known_after_a_restart_of_the_operator_though_the_pod_does_not_answer(
+    cluster: FakeCluster,
+) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(TRAIN)
+    cluster.say(TRAIN, fraction=0.5, step=40, total_steps=80)
+    await cluster.settle()
+    cluster.progress = None  # what the operator had heard is gone with it
+    await cluster.turn(900)
+    assert cluster.condition("Running") == ("True", "PodRunning")
+    await cluster.turn(900)
+    assert cluster.condition("Running") == ("True", "TrainingStalled")
+
+
+async def test_a_pod_that_has_only_begun_is_not_stalled_and_one_that_never_speaks_is(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    await cluster.turn(100_000)  # it has waited in a queue
+    cluster.start(TRAIN)
+    await cluster.turn()
+    assert cluster.condition("Running") == ("True", "PodRunning")
+    await cluster.turn(1800)
+    assert cluster.condition("Running") == ("True", "TrainingStalled")
+
+
+async def test_only_training_stalls(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.start(Stage.PREPARE)
+    cluster.say(Stage.PREPARE, fraction=0.5)
+    await cluster.settle()
+    assert await cluster.turn(100_000) is None
+    assert cluster.condition("Running") == ("True", "PodRunning")
+
+
 class Life(RuleBasedStateMachine):
     """Any order of the world's moves, with or without a reconcile in between: the promises hold."""
 
@@ -476,21 +744,34 @@ class Life(RuleBasedStateMachine):
         active = [stage for stage, job in self.cluster.jobs.items() if not job["status"].get("conditions")]
         return active[0] if active else None
 
-    def _running(self) -> bool:
+    def _running(self) -> list[int]:
+        """The nodes of the current stage that have a running pod."""
+        pods = self.cluster.pods.get(self._current(), [])
+        return [index_of(pod) for pod in pods if pod["status"]["phase"] == "Running"]
+
+    def _nodes(self) -> int:
         stage = self._current()
-        return stage is not None and any(p["status"]["phase"] == "Running" for p in self.cluster.pods.get(stage, []))
+        return nodes_of(self.cluster.jobs[stage]) if stage else 0
+
+    @initialize(nodes=st.sampled_from([1, 2, 3]))
+    def user_submits(self, nodes: int) -> None:
+        self.cluster.edit(resources={"gpus": 1, "nodes": nodes}, workspace={"claimName": "team"})
+
+    @rule(seconds=st.sampled_from([1, 3000]))
+    def reconcile(self, seconds: float) -> None:
+        present = {index_of(pod) for pod in self.cluster.pods.get(self._current(), [])}
+        is_whole = self._running() and len(present) == self._nodes()
+        _run(self.cluster.turn(seconds))
+        if self._current() and (self.cluster.condition("Running") or ("False", ""))[0] == "True":
+            assert is_whole, "no node is missing"
 
     @rule()
-    def reconcile(self) -> None:
-        _run(self.cluster.turn())
-
-    @rule()
-    @precondition(lambda self: self._current() and not self._running())
+    @precondition(lambda self: len(self._running()) < self._nodes())
     def pod_starts(self) -> None:
         stage = self._current()
         assert stage is not None
         if not self.cluster.jobs[stage]["spec"].get("suspend"):
-            self.cluster.start(stage)
+            self.cluster.start(stage, min(set(range(self._nodes())) - set(self._running())))
 
     @rule(fraction=st.floats(0, 1))
     @precondition(lambda self: self._running())
@@ -500,10 +781,12 @@ class Life(RuleBasedStateMachine):
         self.cluster.say(stage, fraction=fraction, step=int(fraction * 66), total_steps=66)
 
     @rule()
-    @precondition(lambda self: self._running())
-    def pod_succeeds(self) -> None:
+    @precondition(lambda self: self._running() and len(self._running()) == self._nodes())
+    def pods_succeed(self) -> None:
         stage = self._current()
         assert stage is not None
+        for node in range(1, self._nodes()):
+            self.cluster.finish_pod(stage, Result(stage=stage, outcome=Outcome.SUCCEEDED), node)
         self.cluster.finish(stage, success(stage))
 
     @rule(code=st.sampled_from([1, 64, 75, 137]), final=st.booleans())
@@ -512,7 +795,7 @@ class Life(RuleBasedStateMachine):
         stage = self._current()
         assert stage is not None
         said = Result(stage=stage, outcome=Outcome.FAILED, reason=Reason.STAGE_FAILED, message="broken")
-        self.cluster.crash(stage, code, said=said, final=final)
+        self.cluster.crash(stage, code, said=said, final=final, node=self._running()[-1])
 
     @rule(suspend=st.booleans())
     def user_suspends(self, suspend: bool) -> None:

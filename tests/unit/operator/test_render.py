@@ -114,6 +114,56 @@ def test_the_plan_cannot_be_changed_and_is_the_one_that_the_trainer_is_pointed_t
     assert volumes(children)["plan"]["configMap"]["name"] == "demo-publish"
 
 
+# several GPUs and nodes
+
+TWO_NODES = {"resources": {"gpus": 4, "nodes": 2}, "workspace": {"claimName": "team-disk"}}
+
+
+def test_one_node_with_several_gpus_is_as_any_other_but_for_its_shared_memory():
+    one, four = render(resources={"gpus": 1}), render(resources={"gpus": 4})
+    assert container(four)["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+    assert volumes(four)["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert set(four) == set(one)
+    assert four["NetworkPolicy"] == one["NetworkPolicy"]
+    assert "env" not in container(four) and "subdomain" not in pod_of(four)
+
+
+def test_several_nodes_are_one_job_whose_pods_find_each_other_by_name():
+    children = render(**TWO_NODES)
+    assert list(children) == ["NetworkPolicy", "ConfigMap", "Service", "Job"]
+    job, service = children["Job"]["spec"], children["Service"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 2, 2)
+    assert service["metadata"]["name"] == pod_of(children)["subdomain"] == "demo-train"
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert service["spec"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
+    rank, address, port = container(children)["env"]
+    assert rank == {
+        "name": "FINETUNE_NODE_RANK",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}},
+    }
+    assert address == {"name": "FINETUNE_MASTER_ADDR", "value": "demo-train-0.demo-train"}
+    assert port == {"name": "FINETUNE_MASTER_PORT", "value": "29400"}
+    assert container(children)["args"] == ["train", "--plan", "/plan/plan.json"]
+
+
+@pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.PUBLISH])
+def test_the_cpu_stages_of_several_nodes_are_those_of_one(stage):
+    several, one = render(stage, **TWO_NODES), render(stage, workspace=TWO_NODES["workspace"])
+    assert {kind: child for kind, child in several.items() if kind != "ConfigMap"} == {
+        kind: child for kind, child in one.items() if kind != "ConfigMap"
+    }
+
+
+def test_of_several_nodes_each_has_its_retries_and_the_victims_of_a_lost_peer_cost_none():
+    job = render(**TWO_NODES, limits={"retries": 5})["Job"]["spec"]
+    assert (job["backoffLimitPerIndex"], job["maxFailedIndexes"]) == (5, 0)
+    assert "backoffLimit" not in job
+    *as_usual, victims = job["podFailurePolicy"]["rules"]
+    assert as_usual == render()["Job"]["spec"]["podFailurePolicy"]["rules"]
+    assert victims["action"] == "Ignore"
+    assert victims["onExitCodes"] == {"containerName": "trainer", "operator": "In", "values": [75]}
+
+
 # the Job
 
 
@@ -206,7 +256,7 @@ def test_only_training_gets_gpus():
         assert container(render(stage, resources=wanted))["resources"] == {"requests": {"cpu": "500m", "memory": "1Gi"}}
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("gpus", [0, 1, 3])
 def test_gpus_are_those_of_resources_gpus_whatever_a_map_smuggles_in(gpus):
     smuggled = {"nvidia.com/gpu": 7, "cpu": 1}
     wanted = {
@@ -217,7 +267,7 @@ def test_gpus_are_those_of_resources_gpus_whatever_a_map_smuggles_in(gpus):
     }
     train = container(render(resources=wanted))["resources"]
     assert train["requests"] == {"cpu": "1"}
-    assert train["limits"] == {"cpu": "1"} | ({"nvidia.com/gpu": "1"} if gpus else {})
+    assert train["limits"] == {"cpu": "1"} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     assert "nvidia.com/gpu" not in json.dumps(container(render(Stage.PREPARE, resources=wanted))["resources"])
 
 
@@ -350,6 +400,20 @@ def test_train_pods_talk_to_each_other_and_nobody_else():
     ]
 
 
+def test_train_pods_of_several_nodes_ask_the_dns_too():
+    one, several = render()["NetworkPolicy"]["spec"], render(**TWO_NODES)["NetworkPolicy"]["spec"]
+    peers, dns = several["egress"]
+    assert [peers] == one["egress"] and several["ingress"] == one["ingress"]
+    pods = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+        "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+    }
+    assert dns == {"to": [pods], "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+    where = Settings(dns_cidrs=("169.254.20.10/32",))
+    _, dns = render(where=where, **TWO_NODES)["NetworkPolicy"]["spec"]["egress"]
+    assert dns["to"] == [pods, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
+
+
 @pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.PUBLISH])
 def test_the_cpu_stages_reach_the_world_but_not_the_nodes_credentials(stage):
     policy = render(stage)["NetworkPolicy"]["spec"]
@@ -411,7 +475,7 @@ def test_whatever_is_asked_for_the_manifests_are_well_formed(name, spec):
             children["Job"]["spec"]["template"]["metadata"]
         ]
         assert all(len(value) <= 63 for value in chain.from_iterable(m["labels"].values() for m in metadata))
-        assert len(children["Job"]["metadata"]["name"] + "-0") <= 63  # the pods' host name
+        assert len(children["Job"]["metadata"]["name"] + "-63") <= 63  # the pods' host name
         assert all(HASH_ANNOTATION in child["metadata"]["annotations"] for child in children.values())
         declared = [volume["name"] for volume in pod["volumes"]]
         assert len(set(declared)) == len(declared)
