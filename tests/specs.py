@@ -599,6 +599,7 @@ VALID = [
     Valid("exactly a tenth to train on", {"dataset.validation.fraction": 0.1, "dataset.test.fraction": 0.8}),
     Valid("whole numbers for decimals", {"training": {"epochs": 3, "learningRate": 1, "weightDecay": 1}}),
     Valid("numbers for quantities", {"workspace.size": 1073741824, "resources.requests": {"cpu": 4}}),
+    Valid("NF4 on as many GPUs as it takes", {"method": {"lora": {"quantization": "NF4"}}, "resources": {"gpuMemory": "24Gi"}}),
     Valid("as many GPUs as it takes", {"resources": {"gpuMemory": "24Gi"}}),
     Valid("request at its limit", {"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "1024Mi"}}}),
     Valid("several GPUs", {"resources.gpus": 8}),

@@ -55,7 +55,7 @@ class MetricsStatus(Document):
 
 
 class LengthStatus(Document):
-    """Tokens per training row, cut at maxLength."""
+    """Tokens per training row, cut at maxLength; of a preference pair, of both answers."""
 
     p50: int = Field(description="Half of the rows are no longer.")
     p95: int = Field(description="19 of 20 rows are no longer.")

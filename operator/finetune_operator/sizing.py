@@ -36,6 +36,9 @@ CPU_RUNTIME = 500 * 2**20
 GPU_RUNTIME = 1 * GIB
 """The CUDA context, and the workspaces of cuBLAS and cuDNN."""
 
+NF4_BYTES = (4 + 0.127) / 8
+"""Per weight, with its doubly quantised scales (Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314)."""
+
 FRAGMENTATION = 0.05
 """Share of what is allocated that the allocator holds beyond it."""
 
@@ -128,6 +131,15 @@ class Training:
     """Most tokens that one optimizer step has."""
     gpus: int
     nodes: int = 1
+    quantized: bool = False
+    """QLoRA: the frozen linear layers in NF4."""
+
+    @property
+    def bytes_per_linear_weight(self) -> float:
+        """Of a layer that is not trained."""
+        if self.quantized:
+            return NF4_BYTES
+        return 2 if self.precision is Precision.BF16 else 4
 
     @property
     def devices(self) -> int:
@@ -167,12 +179,12 @@ def estimate(training: Training, tokens: int, checkpointing: bool, *, limited: b
     """Memory of one device whose passes hold `tokens` tokens; `limited` says whether its memory is known.
 
     Weights, gradients and Adam's two moments: fp32, 16 bytes per trained weight (Rajbhandari et al. 2020, ZeRO,
-    https://arxiv.org/abs/1910.02054, section 3.1); the other weights 4 bytes, in frozen linear layers 2 with bf16.
+    https://arxiv.org/abs/1910.02054, section 3.1); the other weights 4 bytes, in frozen linear layers 2 with bf16 and
+    half a byte with NF4.
     They are never all at their peak at once, so this is a bound that is met when a step has several passes.
     """
     trained, frozen, reducible = _weights(training)
-    bytes_each = 2 if training.precision is Precision.BF16 else 4
-    weights = 4 * (trained + frozen - reducible) + bytes_each * reducible
+    weights = 4 * (trained + frozen - reducible) + int(training.bytes_per_linear_weight * reducible)
     held = Memory(
         weights=weights // training.shards,
         gradients=4 * trained // training.shards,
@@ -185,7 +197,9 @@ def estimate(training: Training, tokens: int, checkpointing: bool, *, limited: b
     if not (limited or training.gpus):
         overhead += int(CPU_HEAP * held.activations)
     if training.shards > 1:  # one block is put together while the next one is on its way
-        overhead += 2 * bytes_each * (trained + frozen) // (training.model.layers or 1)
+        overhead += (
+            2 * (2 if training.precision is Precision.BF16 else 4) * (trained + frozen) // (training.model.layers or 1)
+        )
     return replace(held, overhead=overhead)
 
 
@@ -264,7 +278,8 @@ def _most_tokens(training: Training, checkpointing: bool, limit: int | None) -> 
 
 
 def _read(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatus, data: DataStatus) -> Training:
-    longest = data.lengths.longest if data.lengths else training.max_length
+    documents = 2 if spec.method.dpo else 1  # of a row; a pair is never torn apart
+    longest = data.lengths.longest if data.lengths else training.max_length * documents
     sequences, gpus = training.batch_sequences, wanted_gpus(spec)
     batch = training.batch_tokens or 1 if sequences is None else sequences * longest
     usual = Precision.BF16 if gpus and not spec.resources.allow_cpu_fallback else Precision.FP32
@@ -278,6 +293,7 @@ def _read(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatus, dat
         batch_tokens=max(batch, longest, 1),
         gpus=gpus,
         nodes=spec.resources.nodes,
+        quantized=spec.method.lora is not None and spec.method.lora.quantization is not None,
     )
 
 
@@ -327,6 +343,8 @@ def _remedies(plan: MemoryPlan, spec: FineTuneJobSpec) -> Iterator[str]:
         yield "leave out training.activationCheckpointing"
     if spec.method.type is MethodType.FULL:
         yield "use method.type LoRA instead of Full"
+    elif plan.gpus and spec.method.type is MethodType.LORA and not (spec.method.lora and spec.method.lora.quantization):
+        yield "set method.lora.quantization: NF4"
     if plan.memory.activations + plan.memory.logits > plan.memory.total // 4:
         yield "lower training.maxLength or training.microBatchTokens"
     needed = math.ceil(plan.memory.total / GIB)

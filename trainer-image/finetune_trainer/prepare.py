@@ -152,6 +152,7 @@ def write_data(this: Run, encoder: "Encoder") -> None:
                 _hash_row(digest, row.split, tokens)
                 if row.split is Split.TRAIN:
                     findings.lengths.add(length)
+                    findings.cut_lengths.add(sum(len(part.input_ids) for part in tokens.documents))
                 if isinstance(row.example, LabelledText):
                     labels[row.split][row.example.label] += 1
         splits = {str(name): writer.manifest for name, writer in writers.items()}

@@ -67,13 +67,15 @@ def data(longest: int = 512, rows: int = 1000) -> DataStatus:
     )
 
 
-def make_spec(task: str = "Classification", method: str = "LoRA", training=None, **resources) -> FineTuneJobSpec:
+def make_spec(
+    task: str = "Classification", method: str = "LoRA", training=None, lora=None, dpo=None, **resources
+) -> FineTuneJobSpec:
     return parse_spec(
         {
             "task": task,
             "model": {"uri": "hf://owner/name"},
             "dataset": {"sources": [{"uri": "s3://bucket/data.jsonl"}]},
-            "method": {"type": method},
+            "method": {"type": method, "lora": lora, "dpo": dpo},
             "training": training or {},
             "resources": resources,
         }
@@ -113,6 +115,24 @@ def test_an_8b_model_fits_a_card_of_24_gb_with_lora_if_activations_are_computed_
     assert plan.fits and plan.activation_checkpointing
     assert plan.micro_batch_tokens >= 2048
     assert plan_for(with_lora(LLAMA_8B), make_spec("Generation", gpus=1, gpuMemory="20Gi"), 2048).fits is False
+
+
+def test_qlora_keeps_the_linear_layers_of_an_8b_model_in_half_a_byte_per_weight():
+    spec = make_spec("Generation", lora={"quantization": "NF4"}, gpus=1, gpuMemory="16Gi")
+    plan = plan_for(with_lora(LLAMA_8B), spec, 2048)
+    assert plan.fits
+    assert plan.memory.weights == pytest.approx(0.516 * 6_979_321_856 + 4 * 1_092_882_432, rel=1e-3)
+    without = make_spec("Generation", gpus=1, gpuMemory="16Gi")
+    refused = plan_for(with_lora(LLAMA_8B), without, 2048)
+    assert not refused.fits and "set method.lora.quantization: NF4" in advise(refused, without)
+
+
+def test_a_preference_pair_is_never_torn_apart():
+    spec = make_spec("Generation", dpo={}, gpus=1)
+    training = build_plan(resource(), spec, Stage.TRAIN, PodLayout()).training
+    unknown = data(100).model_copy(update={"lengths": None})
+    plan = plan_memory(spec, training.model_copy(update={"max_length": 100}), LLAMA_70B, unknown)
+    assert plan.micro_batch_tokens >= 200
 
 
 def test_with_more_memory_activations_are_kept_and_passes_are_larger():
@@ -159,7 +179,12 @@ def test_a_70b_model_does_not_fit_8_gpus_in_full_and_is_told_what_would_help():
 def test_what_would_help_is_only_what_can():
     spec = make_spec("Generation", gpus=1, gpuMemory="20Gi", training={"activationCheckpointing": False})
     advice = advise(plan_for(with_lora(LLAMA_8B), spec, 2048), spec)
-    assert advice.startswith("leave out training.activationCheckpointing; lower training.maxLength")
+    expected = (
+        "leave out training.activationCheckpointing",
+        "set method.lora.quantization: NF4",
+        "lower training.maxLength",
+    )
+    assert advice.startswith("; ".join(expected))
     assert "LoRA" not in advice and "resources.gpus," not in advice
     on_cpu = make_spec(limits={"memory": "500Mi"})
     assert advise(plan_for(MINILM, on_cpu), on_cpu) == "raise resources.limits.memory to 1Gi"

@@ -40,12 +40,12 @@ class Lengths:
         mean = round(float(values.mean()), 2)
         return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
 
-    def status(self, max_length: int) -> LengthStatus | None:
-        """As they are trained on: cut. None if there are no rows."""
+    def status(self) -> LengthStatus | None:
+        """None if there are no rows."""
         values = np.frombuffer(self._values, dtype=np.int32)
         if not len(values):
             return None
-        p50, p95, p99, longest = (min(length, max_length) for length in _percentiles(values, 50, 95, 99, 100))
+        p50, p95, p99, longest = _percentiles(values, 50, 95, 99, 100)
         return LengthStatus(p50=p50, p95=p95, p99=p99, longest=longest)
 
 
@@ -64,6 +64,8 @@ class Findings:
     labels: list[str] | None = None
     model: ModelStatus | None = None
     lengths: Lengths = field(default_factory=Lengths)
+    cut_lengths: Lengths = field(default_factory=Lengths)
+    """As they are trained on."""
     manifest: DataManifest | None = None
 
     def report(self, quarantine: Quarantine) -> DataReport:
@@ -102,7 +104,7 @@ class Findings:
             supervised_tokens=train.supervised_tokens if train else 0,
             truncated_rows=train.truncated_rows if train else 0,
             max_length=self.max_length,
-            lengths=self.lengths.status(self.max_length),
+            lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
