@@ -328,7 +328,8 @@ def explain(plan: MemoryPlan) -> str:
     where = "per GPU" if plan.gpus else "on CPU"
     need = _gib(plan.memory.total)
     amount = f"{need} GiB" if plan.limit is None else f"{need} of {_gib(plan.limit)} GiB"
-    parts = ", ".join(f"{part.name} {_gib(getattr(plan.memory, part.name))}" for part in fields(plan.memory))
+    amounts = ((part.name, getattr(plan.memory, part.name)) for part in fields(plan.memory))
+    parts = ", ".join(f"{name} {_gib(amount)}" for name, amount in amounts if amount >= GIB / 100)
     again = ", activations computed again" if plan.activation_checkpointing else ""
     return f"training needs about {amount} {where}: {parts} ({plan.micro_batch_tokens} tokens per pass{again})"
 
@@ -357,4 +358,4 @@ def _remedies(plan: MemoryPlan, spec: FineTuneJobSpec) -> Iterator[str]:
 
 
 def _gib(amount: int) -> str:
-    return f"{amount / GIB:.1f}"
+    return f"{amount / GIB:.1f}" if amount >= GIB else f"{amount / GIB:.2f}"

@@ -43,7 +43,7 @@ async def test_a_job_that_fits_says_so_with_its_numbers() -> None:
     assert cluster.condition("MemoryFits") is None
     await prepare(cluster)
     assert cluster.condition("MemoryFits") == ("True", "Fits")
-    assert "of 80.0 GiB per GPU: weights 0.1, gradients" in message(cluster)
+    assert "of 80.0 GiB per GPU: weights 0.08, " in message(cluster)
     memory = cluster.status.memory
     assert memory is not None and memory.limit_bytes == 80 * 2**30
     assert 0 < memory.estimate_bytes < 10 * 2**30 and memory.peak_bytes is None
