@@ -263,7 +263,7 @@ def _logits(training: Training, tokens: int) -> int:
 
 def _most_tokens(training: Training, checkpointing: bool, limit: int | None) -> int:
     """As many tokens as the limit has room for; without one, as the usual share for activations has."""
-    usual = CPU_ACTIVATIONS if training.gpus == 0 else GPU_ACTIVATIONS
+    usual = (CPU_ACTIVATIONS if training.gpus == 0 else GPU_ACTIVATIONS) + _kept(training)[0]
 
     def fits(tokens: int) -> bool:
         memory = estimate(training, tokens, checkpointing)

@@ -118,8 +118,8 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
 
     from finetune_trainer.data.tokenize import Encoder
     from finetune_trainer.model import facts
-    from finetune_trainer.model.footprint import add_footprint
     from finetune_trainer.model.load import build_skeleton, check_start_adapter, load_tokenizer
+    from finetune_trainer.train.footprint import add_footprint
 
     config = facts.load_config(workspace.model, plan.model.trust_remote_code)
     facts.check_task(config, plan.task)

@@ -146,6 +146,15 @@ def test_with_more_memory_activations_are_kept_and_passes_are_larger():
     assert tokens[-1] <= 16 * 2048, "no pass is larger than an optimizer step"
 
 
+def test_without_a_limit_weights_cast_to_bf16_leave_room_for_tokens():
+    activations = ActivationStatus(
+        precision=Precision.BF16, fixed_bytes=13_958_643_712, bytes_per_token=7_771_404, bytes_per_token_pair=0
+    )
+    model = LLAMA_8B.model_copy(update={"activations": activations})
+    plan = plan_for(model, make_spec("Generation", "Full", gpus=1), 64)
+    assert 64 < plan.micro_batch_tokens < 4 * GIB // 7_771_404
+
+
 def test_a_small_encoder_takes_an_optimizer_step_in_one_pass():
     assert plan_for(MINILM, make_spec(), 128).micro_batch_tokens == 32 * 128
 

@@ -10,10 +10,10 @@ import torch
 from finetune_api.spec import Precision, Task
 from finetune_operator.sizing import CPU_RUNTIME, Training, estimate
 from finetune_trainer.model.facts import load_config, read_facts
-from finetune_trainer.model.footprint import add_footprint
 from finetune_trainer.model.load import build_skeleton
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train.checkpoint import identify
+from finetune_trainer.train.footprint import add_footprint
 from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file

@@ -12,9 +12,9 @@ from finetune_api.status import ActivationStatus, ModelStatus
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.adapters import apply_method, training_mode
 from finetune_trainer.model.facts import load_config, read_facts
-from finetune_trainer.model.footprint import add_footprint, measure_activations
 from finetune_trainer.model.load import build_model, build_skeleton
 from finetune_trainer.train.device import cast_frozen
+from finetune_trainer.train.footprint import add_footprint, measure_activations
 from finetune_trainer.workspace import Workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
