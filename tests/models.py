@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -129,4 +131,16 @@ def save_tiny_gpt2(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_bloom(folder: Path) -> Path:
+    """A 2-layer decoder of width 32 whose attention cannot be packed, with dropout and the tokenizer of the Llama."""
+    save_tiny_llama(folder)
+    config = BloomConfig(
+        vocab_size=320, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, bos_token_id=1, eos_token_id=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BloomForCausalLM(config).save_pretrained(folder)
     return folder

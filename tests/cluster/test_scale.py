@@ -5,13 +5,14 @@ several nodes need.
 """
 
 import json
+import signal
 from typing import Any
 
 import pytest
 from finetune_api.constants import MASTER_PORT
 
 from tests.cluster import kit
-from tests.cluster.test_faults import step_of
+from tests.cluster.test_faults import signal_container, step_of
 from tests.cluster.test_isolation import LISTEN, probe
 from tests.cluster.test_jobs import wait_until_gone
 from tests.cluster.workbench import Workbench, long_classification, tiny_generation
@@ -101,7 +102,7 @@ def test_a_lost_pod_changes_nothing_and_two_pods_learn_what_one_learns(bench: Wo
     together = bench.submit({**spec, "resources": {"nodes": 2}})
     kit.wait_for(bench.namespace, together, lambda job: step_of(job) > 40, 180, "training under way")
     _, second = wait_for_both(bench, together)
-    kit.kubectl("-n", bench.namespace, "delete", "pod", second["metadata"]["name"], "--grace-period=0", "--force")
+    signal_container(second, signal.SIGKILL)  # a deletion, even one with no grace, would ask it to stop first
     kit.wait_for(bench.namespace, together, lambda job: job["status"].get("attempt") == 2, 60, "attempt 2")
     jobs = {name: bench.wait(name, "Succeeded", 400) for name in (alone, together)}
     status = jobs[together]["status"]

@@ -57,8 +57,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes the whole file or leaves the old one: temporary name, fsync, rename."""
+    """Writes the whole file or leaves the old one: temporary name, fsync, rename.
+
+    What a killed attempt left is removed first: a file has one writer at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in _left_beside(path):
+        left.unlink(missing_ok=True)
     temporary = _name_beside(path)
     try:
         with temporary.open("wb") as file:
@@ -90,7 +95,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     that halves do not fill the volume: a folder has one writer at a time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+    for left in _left_beside(path):
         shutil.rmtree(left, ignore_errors=True)
     temporary = _name_beside(path)
     temporary.mkdir()
@@ -111,6 +116,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _name_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _left_beside(path: Path) -> Iterator[Path]:
+    """What has a name that `_name_beside` gives."""
+    return path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}")
 
 
 def _sync(path: Path) -> None:

@@ -1,13 +1,7 @@
-"""The train stage: interrupted anywhere it ends in the same weights, and its evidence is whole."""
+"""The train stage: what it learns, what it tells, and what it refuses."""
 
+import itertools
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +12,20 @@ from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_api.report import EvaluationReport
 from finetune_api.spec import Task
-from finetune_trainer.errors import Interrupted, StageError, UserError
+from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.load import build_model, load_trainable_state, trainable_state
 from finetune_trainer.telemetry import Telemetry
-from finetune_trainer.train import checkpoint, loop, reporting
-from finetune_trainer.train.batches import Batching
+from finetune_trainer.train import loop, reporting
 from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
-from tests.unit.trainer.training_workspace import (
-    CLASSIFICATION_ROWS,
-    GENERATION,
-    LABELS,
-    PREFERENCE,
-    make_training,
-    write_data,
-)
+from tests.unit.trainer.training_workspace import CLASSIFICATION_ROWS, GENERATION, LABELS, make_training, write_data
 
 SAVES = {"training": {"checkpoint_steps": 3, "evaluation_steps": 4, "micro_batch_tokens": 30}}
 """44 rows, 8 per step, 2 epochs: 12 steps, checkpoints at 3 6 9 12, evaluations at 4 8 12."""
-
-
-class Killed(BaseException):
-    """Like SIGKILL, nothing may catch it."""
-
-
-class Calls:
-    """Counts what the stage does, and does `action` at call number `at`."""
-
-    def __init__(self, at: int, action: Callable[[], None]) -> None:
-        self.count, self._at, self._action = 0, at, action
-
-    def __call__(self) -> None:
-        self.count += 1
-        if self.count == self._at:
-            self._action()
 
 
 def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
@@ -64,12 +34,6 @@ def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
 
 def weights(plan: Plan, folder: str = "step-00000012") -> dict[str, torch.Tensor]:
     return load_file(Path(plan.workspace) / "checkpoints" / folder / "weights.safetensors")
-
-
-def same_weights(plan: Plan, other: Plan) -> bool:
-    folders = ("step-00000012", "best")
-    pairs = [(weights(plan, folder), weights(other, folder)) for folder in folders]
-    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
 def training_log(plan: Plan) -> list[dict[str, Any]]:
@@ -83,174 +47,6 @@ def report(plan: Plan) -> EvaluationReport:
 @pytest.fixture(autouse=True)
 def report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.0)
-
-
-KINDS = {"classification": {}, "generation": GENERATION, "preference": PREFERENCE}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A plan and the result of running it in one go, and how to make the same job elsewhere."""
-    changes = {**SAVES, **KINDS[request.param]}
-    plan = make_training(tmp_path_factory.mktemp("whole"), **changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "REPORT_SECONDS", 0.0)
-        return plan, train(plan), changes
-
-
-@pytest.mark.parametrize("at", [1, 3, 7])
-@pytest.mark.parametrize("where", ["_step", "_evaluate", "_save"])
-def test_a_stopped_run_goes_on_to_the_same_weights(
-    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int
-) -> None:
-    """SIGTERM arrives in a step, an evaluation or a save, again in the next two attempts."""
-    whole, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    original = getattr(loop.Loop, where)
-    attempts = 0
-    while True:
-        telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-        calls = Calls(at if attempts < 3 else -1, telemetry.stop_requested.set)
-        monkeypatch.setattr(loop.Loop, where, lambda self, calls=calls: (calls(), original(self))[1])
-        attempts += 1
-        try:
-            train(plan, telemetry)
-            break
-        except Interrupted as interrupted:
-            assert interrupted.step is not None or (where, at) == ("_step", 1), "there was no step yet"
-            step = f"step-{interrupted.step or 0:08d}"
-            whole_step = (tmp_path / "checkpoints" / step / "manifest.json").exists()
-            assert whole_step or interrupted.step is None, "the step that was told is safe"
-    assert same_weights(plan, whole)
-    assert report(plan) == report(whole)
-
-
-@pytest.mark.parametrize("uninterrupted", ["classification", "generation"], indirect=True)
-def test_a_stop_does_not_wait_for_the_end_of_a_step(uninterrupted, tmp_path: Path, monkeypatch) -> None:
-    """SIGTERM arrives while step 6 has half of its gradients: they are dropped, and the run goes on exactly."""
-    whole, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    original, save = Forward.losses, checkpoint.Checkpoints.save
-    gradients_at_save: list[int] = []
-    inside = 0
-
-    def losses(self, batch):
-        nonlocal inside
-        if torch.is_grad_enabled() and telemetry.progress.step == 5:
-            inside += 1
-            telemetry.stop_requested.set()
-        return original(self, batch)
-
-    def note(self, model, optimizer, state):
-        gradients_at_save.append(sum(weight.grad is not None for weight in model.parameters()))
-        save(self, model, optimizer, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Forward, "losses", losses)
-        patch.setattr(checkpoint.Checkpoints, "save", note)
-        with pytest.raises(Interrupted, match="stopped after step 5 of 12, which is saved") as interrupted:
-            train(plan, telemetry)
-    assert (interrupted.value.step, inside) == (5, 1)
-    assert gradients_at_save == [0, 0]
-    train(plan)
-    assert same_weights(plan, whole)
-    assert report(plan) == report(whole)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_killed_run_goes_on_to_the_same_weights(
-    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    """It dies at random places, also in the middle of accumulating, saving and evaluating."""
-    whole, result, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    chance = random.Random(seed)
-    places = [(Forward, "losses"), (Batching, "read"), (checkpoint, "_save_weights"), (checkpoint, "_describe"),
-              (checkpoint.shutil, "rmtree"), (Path, "rename"), (Evaluator, "__call__")]  # fmt: skip
-    deaths = 0
-    while True:
-        with monkeypatch.context() as patch:
-            place, name = chance.choice(places) if deaths else places[0]
-            calls = Calls(chance.randint(1, 12), lambda patch=patch: _die(patch))
-            original = getattr(place, name)
-            patch.setattr(place, name, lambda *a, calls=calls, original=original, **k: (calls(), original(*a, **k))[1])
-            try:
-                resumed = train(plan)
-                break
-            except Killed:
-                deaths += 1
-        random.random(), torch.rand(3)  # another process has other random states
-        assert deaths <= 60
-    assert deaths
-    assert same_weights(plan, whole)
-    assert report(plan) == report(whole)
-    steady = {"tokens_per_second", "samples_per_second", "peak_memory_bytes"}
-    assert resumed.train.model_dump(exclude=steady) == result.train.model_dump(exclude=steady)
-
-
-def _die(patch: pytest.MonkeyPatch | None = None) -> None:
-    """A dead process does not clean up."""
-    if patch is not None:
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
-    raise Killed
-
-
-def test_a_broken_newest_checkpoint_costs_steps_and_no_bit(uninterrupted, tmp_path: Path) -> None:
-    whole, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    telemetry = stop_after(plan, 7)
-    with pytest.raises(Interrupted):
-        train(plan, telemetry)
-    (tmp_path / "checkpoints" / "step-00000007" / "training.pt").write_bytes(b"broken")
-    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    train(plan, telemetry)
-    assert telemetry.progress.resumed_from_step == 6
-    assert same_weights(plan, whole)
-
-
-def stop_after(plan: Plan, step: int) -> Telemetry:
-    """Telemetry that asks to stop when the step is reported."""
-    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    update = telemetry.update
-
-    def watch(**fields: Any) -> None:
-        update(**fields)
-        if fields.get("step") == step:
-            telemetry.stop_requested.set()
-
-    telemetry.update = watch
-    return telemetry
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "rsLoRA": {"lora": {"variant": "RsLoRA"}},
-    "DoRA": {"lora": {"variant": "DoRA"}},
-    "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
-    "last layers": {"method": "Full", "lora": None, "last_layers": 1},
-    "last layers of a generator": {"method": "Full", "lora": None, "last_layers": 1, **GENERATION},
-    "last layers of a generator in bf16": {
-        **{"method": "Full", "lora": None, "last_layers": 1, "training": {"precision": "bf16"}},
-        **GENERATION,
-    },
-    "head first, then all": {"method": "Full", "lora": None, "head_first": {"steps": 5, "learning_rate": 0.01}},
-    "head first, then LoRA": {"head_first": {"epochs": 0.75, "learning_rate": 0.01}},
-}
-
-
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
-def test_every_method_goes_on_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
-    changes = {**changes, "training": {**SAVES["training"], **changes.get("training", {})}}
-    whole = make_training(tmp_path / "whole", **changes)
-    result = train(whole)
-    plan = make_training(tmp_path / "stopped", **changes)
-    for step in (2, 3, 5, 8, 11):
-        with pytest.raises(Interrupted):
-            train(plan, stop_after(plan, step))
-    again = train(plan)
-    assert same_weights(plan, whole)
-    assert report(plan) == report(whole)
-    assert again.train.scores == result.train.scores
 
 
 @pytest.mark.parametrize("method", [{}, {"method": "Full", "lora": None}], ids=["LoRA", "Full"])
@@ -290,53 +86,9 @@ def test_a_checkpoint_of_other_trained_weights_is_refused(tmp_path: Path, change
         train(make_training(tmp_path, **full, **changes))
 
 
-def test_the_log_of_a_resumed_run_has_every_step_once(uninterrupted, tmp_path: Path) -> None:
-    whole, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    with pytest.raises(Interrupted):
-        train(plan, stop_after(plan, 8))
-    (tmp_path / "checkpoints" / "step-00000008" / "manifest.json").unlink()
-    with (tmp_path / "report" / "training.jsonl").open("a") as log:
-        log.write('{"step": 9, "trai')  # what a kill left
-    train(plan)
-    keep = ("step", "epoch", "trainingLoss", "learningRate", "evaluation")
-    lines, expected = ([{k: line[k] for k in keep if k in line} for line in training_log(p)] for p in (plan, whole))
-    assert lines == expected
-    assert [line["step"] for line in lines if "trainingLoss" in line] == list(range(1, 13))
-
-
-def test_a_finished_run_gives_its_result_again_without_training(uninterrupted, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, result, _ = uninterrupted
-    monkeypatch.setattr(loop.Loop, "run", _die)
-    assert train(plan) == result
-
-
-def test_a_finished_training_without_its_result_is_evaluated_only(uninterrupted, monkeypatch) -> None:
-    plan, result, _ = uninterrupted
-    before = report(plan)
-    for file in ("checkpoints/result.json", "report/evaluation.json"):
-        (Path(plan.workspace) / file).unlink()
-    monkeypatch.setattr(loop.Loop, "_step", _die)
-    again = train(plan)
-    assert report(plan) == before
-    assert again.model_copy(update={"train": None}) == result.model_copy(update={"train": None})
-    assert again.train.scores == result.train.scores
-    assert again.train.training_loss == result.train.training_loss
-
-
-def test_a_best_that_is_gone_is_made_again(uninterrupted, tmp_path: Path) -> None:
-    _, result, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    train(plan)
-    shutil.rmtree(tmp_path / "checkpoints" / "best")
-    again = train(plan)
-    assert again.train.best_step == 12
-    assert again.train.training_loss == result.train.training_loss
-
-
-def test_what_training_tells_while_it_runs(uninterrupted, tmp_path: Path) -> None:
-    _, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
+@pytest.mark.parametrize("changes", [{}, GENERATION], ids=["classification", "generation"])
+def test_what_training_tells_while_it_runs(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plan = make_training(tmp_path, **SAVES, **changes)
     telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
     seen: list[Progress] = []
     update = telemetry.update
@@ -446,12 +198,11 @@ def test_the_best_checkpoint_is_the_one_that_is_judged_and_published(tmp_path: P
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_training(tmp_path, **SAVES)
     monkeypatch.setattr(reporting, "REPORT_SECONDS", 1000.0)  # it is found later and still told exactly
-    original, poisoned = loop.accumulate_gradients, Calls(5, lambda: None)
+    original, calls = loop.accumulate_gradients, itertools.count(1)
 
     def poison(*arguments, **options):
         loss = original(*arguments, **options)
-        poisoned()
-        return loss * float("nan") if poisoned.count == 5 else loss
+        return loss * float("nan") if next(calls) == 5 else loss
 
     monkeypatch.setattr(loop, "accumulate_gradients", poison)
     with pytest.raises(UserError, match=r"step 5 of 12.*learningRate.*the checkpoint of step 3 is kept") as caught:
@@ -549,22 +300,3 @@ def test_bf16_trains_fp32_weights(tmp_path: Path) -> None:
     result = train(plan)
     assert result.train.precision == "bf16"
     assert {weight.dtype for weight in weights(plan, "step-00000003").values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("uninterrupted", ["classification"], indirect=True)
-def test_a_real_sigterm_saves_and_the_next_process_goes_on(uninterrupted, tmp_path: Path) -> None:
-    whole, _, changes = uninterrupted
-    plan = make_training(tmp_path, **changes)
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    environment = os.environ | {"FINETUNE_TELEMETRY_PORT": "0", "OMP_NUM_THREADS": str(torch.get_num_threads()),
-                                "FINETUNE_TERMINATION_LOG": str(tmp_path / "termination")}  # fmt: skip
-    command = [sys.executable, "-m", "finetune_trainer", "train", "--plan", str(tmp_path / "plan.json")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "steps on" in line:  # the model is loaded
-                process.send_signal(signal.SIGTERM)
-    assert process.returncode == 75
-    result = Result.model_validate_json((tmp_path / "termination").read_bytes())
-    assert (result.outcome, result.reason) == (Outcome.INTERRUPTED, Reason.INTERRUPTED)
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
-    assert same_weights(plan, whole)

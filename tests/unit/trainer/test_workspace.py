@@ -54,6 +54,12 @@ class TestWriteFile:
         assert path.read_text() == "old"
         assert names(tmp_path) == ["evaluation.json"]
 
+    def test_what_a_kill_left_goes_with_the_next_write(self, tmp_path):
+        (tmp_path / ".a.json.0123abcd").touch()
+        (tmp_path / ".a.json.notes").touch()
+        write_file(tmp_path / "a.json", "new")
+        assert names(tmp_path) == [".a.json.notes", "a.json"]
+
 
 class TestNewFolder:
     def fill(self, path: Path, text: str) -> None:

@@ -56,12 +56,19 @@ class Improvement(Document):
     evaluations_since: int = 0
 
 
+class Best(Document):
+    step: int
+    score: float
+
+
 class RunState(Document):
     """Where a run stands after `step` optimizer steps: the batch cursor, and what has been added up."""
 
     step: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation that was finished."""
+    best: Best | None = None
+    """So far; the stored one may be of a later step, which an attempt that died had come to."""
     improvement: Improvement | None = None
     """None: no evaluation counted so far, or there is no early stopping."""
     training_loss: float | None = None
@@ -74,11 +81,6 @@ class RunState(Document):
     rows: int = 0
     seconds: float = 0.0
     """Spent in optimizer steps, over all attempts."""
-
-
-class Best(Document):
-    step: int
-    score: float
 
 
 class _File(Document):

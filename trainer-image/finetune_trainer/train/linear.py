@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from torch.autograd.function import once_differentiable
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -56,10 +57,12 @@ def _lora(
         return slow(inputs, *arguments, **named)
     name = names[0]
     down, up = layer.lora_A[name], layer.lora_B[name]
-    if not _is_plain(inputs, base.weight, down.weight, up.weight) or down.bias is not None or up.bias is not None:
+    plain = _is_plain(inputs, base.weight, down.weight, up.weight) and down.bias is None and up.bias is None
+    if not plain or any(_has_hooks(part) for part in (base, down, up)):
         return slow(inputs)
     flat = inputs.reshape(-1, inputs.shape[-1])
-    dropped = layer.lora_dropout[name](flat)
+    dropped = layer.lora_dropout[name](inputs)  # not of `flat`: another layout in memory would get another mask
+    dropped = flat if dropped is inputs else dropped.reshape(flat.shape)
     product: torch.Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
         flat, dropped, base.weight, base.bias, down.weight, up.weight, layer.scaling[name]
     )
@@ -70,6 +73,11 @@ def _is_plain(inputs: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether all are fp32 on CPU and stay so."""
     plain = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in (inputs, *weights))
     return plain and inputs.numel() > 0 and not torch.is_autocast_enabled("cpu")
+
+
+def _has_hooks(part: torch.nn.Module) -> bool:
+    """Whether somebody wants to hear of its forward or backward pass, which is not run by itself here."""
+    return bool(part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks)
 
 
 def _times_transposed(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,6 +95,7 @@ class _Product(torch.autograd.Function):
         return _times_transposed(x, weight, bias)
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong: say so
     def backward(ctx: Any, *gradients: torch.Tensor) -> Tensors:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -117,6 +126,7 @@ class _LoraProduct(torch.autograd.Function):
         return _times_transposed(x, weight, bias).addmm_(low, up.t(), alpha=scale)
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong: say so
     def backward(ctx: Any, *gradients: torch.Tensor) -> Tensors:
         (gradient,), (dropped, weight, down, up, low) = gradients, ctx.saved_tensors
         of_low = torch.mm(gradient, up).mul_(ctx.scale)

@@ -192,16 +192,18 @@ class Loop:
         if not np.isfinite(result.metrics[Metric.LOSS]):
             raise self._non_finite("loss on validation", step)
         metric = deciding_metric(self.plan)
-        best = self.checkpoints.best()
+        best = self.state.best if self.checkpoints.best() else None  # lost weights are the best of nothing
         is_best = best is None or better(metric, result.metrics[metric], best.score)
         if is_best:
-            self.checkpoints.save_best(self.model, Best(step=step, score=result.metrics[metric]))
+            best = Best(step=step, score=result.metrics[metric])
+            self.checkpoints.save_best(self.model, best)
         self.reporter.evaluation(step, result.metrics, is_best)
         self._step_ended = time.monotonic()
         self._pace.evaluation(self._step_ended - started)
         self.state = self.state.model_copy(
             update={
                 "evaluated_step": step,
+                "best": best,
                 "improvement": self._improvement(result.metrics[metric]),
                 "evaluation_loss": result.metrics[Metric.LOSS],
                 "training_loss": self._mean_loss(),

@@ -26,21 +26,26 @@ class TrainingLog:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def rewind(self, step: int) -> None:
-        """Drops what an earlier attempt wrote after `step`, and a line that it did not finish."""
+    def rewind(self, step: int, evaluated_step: int) -> None:
+        """Drops what an earlier attempt wrote after these, and a line that it did not finish.
+
+        The evaluation after a step may be written, and yet be no part of the state that a run goes on from.
+        """
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        write_file(self._path, "".join(f"{line}\n" for line in lines if 0 < _step_of(line) <= step))
+        write_file(self._path, "".join(f"{line}\n" for line in lines if _is_of(line, step, evaluated_step)))
 
     def write(self, **values: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def _step_of(line: str) -> int:
+def _is_of(line: str, step: int, evaluated_step: int) -> bool:
+    """Whether it is a whole line about the steps up to `step`, or the evaluations up to `evaluated_step`."""
     try:
-        return int(json.loads(line)["step"])
+        values = json.loads(line)
+        return 0 < int(values["step"]) <= (evaluated_step if "evaluation" in values else step)
     except (ValueError, KeyError, TypeError):
-        return 0
+        return False
 
 
 @dataclass

@@ -182,7 +182,7 @@ class _Run:
             logger.info("Going on from the checkpoint of step %d", state.step)
             self.telemetry.update(resumed_from_step=state.step, step=state.step)
         log = TrainingLog(self.workspace.report / TRAINING_LOG)
-        log.rewind(state.step)
+        log.rewind(state.step, state.evaluated_step)
         self.telemetry.update(
             activity="Training",
             fraction=TRAINING_SHARE * (state.step / self.batches.total_steps),
