@@ -126,7 +126,7 @@ class PlanDevice(Document):
     gpus: int = Field(description="Per node. Before the memory plan is made, 1 if their number is left to it.")
     nodes: int
     allow_cpu_fallback: bool
-    memory_limit_bytes: int | None = Field(None, description="Memory of a GPU, or on CPU of the process; None: not known. Set in the train plan.")
+    compact_heap: bool = Field(False, description="On CPU: give freed memory back at once, since it is short. Set in the train plan.")
     estimated_memory_bytes: int | None = Field(None, description="Of the memory plan, per device. Set in the train plan.")
     peak_memory_bytes: int | None = Field(None, description="Measured by training, for the model card. Set in the publish plan.")
 

@@ -373,7 +373,7 @@ def _size(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> Plan:
     measured = resource.status.memory.peak_bytes if resource.status.memory else None
     device = {
         "gpus": memory.gpus,
-        "memory_limit_bytes": memory.limit,
+        "compact_heap": memory.compact_heap,
         "estimated_memory_bytes": memory.memory.total,
         "peak_memory_bytes": measured,
     }

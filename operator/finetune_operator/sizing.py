@@ -43,8 +43,8 @@ FRAGMENTATION = 0.05
 """Share of what is allocated that the allocator holds beyond it."""
 
 CPU_HEAP = 0.75
-"""Share of the activations that glibc keeps in holes between them where memory is not limited; measured between 0.4
-(Full) and 1.2 (LoRA). With a limit, the trainer has it give them back."""
+"""Share of the activations that glibc keeps in holes between them; measured between 0.4 (Full) and 1.2 (LoRA). Where
+they would not fit, the trainer has it give them back."""
 
 LARGEST = 2**60
 """Bytes: more than any machine has."""
@@ -111,6 +111,8 @@ class MemoryPlan:
     activation_checkpointing: bool
     memory: Memory
     limit: int | None
+    compact_heap: bool = False
+    """On CPU: freed memory goes back to the system at once. That costs time, so it is done only where it must be."""
 
     @property
     def fits(self) -> bool:
@@ -168,15 +170,16 @@ def plan_memory(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatu
             candidate = replace(job, gpus=count)
             tokens = spec.training.micro_batch_tokens or _most_tokens(candidate, checkpointing, limit)
             tokens = max(candidate.longest, min(tokens, candidate.batch_tokens))
-            memory = estimate(candidate, tokens, checkpointing, limited=limit is not None)
-            tried.append(MemoryPlan(count, tokens, checkpointing, memory, limit))
-            if tried[-1].fits:
-                return tried[-1]
+            for compact in (False, True) if limit is not None and job.gpus == 0 else (False,):
+                memory = estimate(candidate, tokens, checkpointing, compact_heap=compact)
+                tried.append(MemoryPlan(count, tokens, checkpointing, memory, limit, compact))
+                if tried[-1].fits:
+                    return tried[-1]
     return min(tried, key=lambda plan: plan.memory.total)
 
 
-def estimate(training: Training, tokens: int, checkpointing: bool, *, limited: bool = True) -> Memory:
-    """Memory of one device whose passes hold `tokens` tokens; `limited` says whether its memory is known.
+def estimate(training: Training, tokens: int, checkpointing: bool, *, compact_heap: bool = True) -> Memory:
+    """Memory of one device whose passes hold `tokens` tokens; for `compact_heap` see MemoryPlan.
 
     Weights, gradients and Adam's two moments: fp32, 16 bytes per trained weight (Rajbhandari et al. 2020, ZeRO,
     https://arxiv.org/abs/1910.02054, section 3.1); the other weights 4 bytes, in frozen linear layers 2 with bf16 and
@@ -194,7 +197,7 @@ def estimate(training: Training, tokens: int, checkpointing: bool, *, limited: b
         overhead=0,
     )
     overhead = int(FRAGMENTATION * held.total) + (GPU_RUNTIME if training.gpus else CPU_RUNTIME)
-    if not (limited or training.gpus):
+    if not (compact_heap or training.gpus):
         overhead += int(CPU_HEAP * held.activations)
     if training.shards > 1:  # one block is put together while the next one is on its way
         overhead += (

@@ -235,6 +235,17 @@ def test_a_memory_limit_bounds_the_pass_and_full_tuning_leaves_less_of_it():
     assert tokens[0] > tokens[2] > 64
 
 
+def test_freed_memory_is_given_back_at_once_only_where_it_is_short():
+    roomy, tight = make_spec(limits={"memory": "64Gi"}), make_spec(limits={"memory": "2Gi"})
+    assert not plan_for(MINILM, make_spec()).compact_heap
+    assert not plan_for(MINILM, roomy).compact_heap
+    short = plan_for(MINILM, tight)
+    assert short.compact_heap
+    assert short.fits
+    assert build_plan(resource(model=MINILM, data=data(512)), tight, Stage.TRAIN, PodLayout()).device.compact_heap
+    assert not plan_for(LLAMA_8B, make_spec("Generation", gpus=1, gpuMemory="80Gi")).compact_heap
+
+
 def test_host_memory_says_nothing_about_a_gpu_unless_training_may_fall_back_to_cpu():
     resources = {"gpus": 1, "gpuMemory": "80Gi", "limits": {"memory": "1Gi"}}
     assert plan_for(MINILM, make_spec(**resources)).limit == 80 * GIB
@@ -268,7 +279,7 @@ def test_the_plan_is_what_the_trainer_gets_and_the_status_shows():
     memory = plan_for(with_lora(LLAMA_8B), spec, 2048)
     assert plan.training.activation_checkpointing is True
     assert plan.training.micro_batch_tokens == memory.micro_batch_tokens
-    assert (plan.device.gpus, plan.device.memory_limit_bytes) == (1, 24 * GIB)
+    assert (plan.device.gpus, plan.device.compact_heap) == (1, False)
     assert plan.device.estimated_memory_bytes == memory.memory.total <= 24 * GIB
     shown = resolved_status(plan, None, None)
     assert (shown.gpus, shown.activation_checkpointing) == (1, True)

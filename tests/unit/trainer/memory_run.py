@@ -49,8 +49,9 @@ def make_run(folder: Path, shape: Shape, **changes: Any) -> Plan:
         "checkpoint_steps": shape.steps,
         "evaluation_steps": shape.steps,
     }
-    limited = {"memory_limit_bytes": 2**40}
-    plan = make_plan(folder, **{**changes, "training": steps | changes.get("training", {}), "device": limited})
+    plan = make_plan(
+        folder, **{**changes, "training": steps | changes.get("training", {}), "device": {"compact_heap": True}}
+    )
     workspace = Workspace(folder)
     _save_model(plan.task, shape, workspace.model)
     random = np.random.default_rng(0)

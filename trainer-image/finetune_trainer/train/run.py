@@ -125,7 +125,7 @@ class _Run:
             precision=self.device.precision.value,
             device=self.device.name,
         )
-        if self.device.torch_device.type == "cpu" and self.plan.device.memory_limit_bytes is not None:
+        if self.device.torch_device.type == "cpu" and self.plan.device.compact_heap:
             return_free_memory()
         quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
         model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
