@@ -1,13 +1,17 @@
 """A FineTuneJob's status with every field set, as it stands at the end of a job."""
 
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.spec import Precision
 from finetune_api.status import (
+    ActivationStatus,
     ArtifactStatus,
     Condition,
     DataStatus,
     FailureStatus,
     FineTuneJobStatus,
     GateResult,
+    LengthStatus,
+    MemoryStatus,
     MetricsStatus,
     ModelStatus,
     ProgressStatus,
@@ -63,8 +67,19 @@ def full_status() -> FineTuneJobStatus:
             parameters=22_713_216,
             layers=6,
             hidden_size=384,
+            intermediate_size=1536,
+            attention_heads=12,
+            key_value_heads=12,
             vocabulary_size=30522,
             context_length=512,
+            tied_embeddings=True,
+            trainable_parameters=100_000,
+            frozen_parameters=22_713_216,
+            frozen_linear_parameters=10_616_832,
+            supports_checkpointing=True,
+            activations=ActivationStatus(
+                precision=Precision.BF16, fixed_bytes=200_000, bytes_per_token=190_000, bytes_per_token_pair=0
+            ),
         ),
         data=DataStatus(
             rows_read=1000,
@@ -77,6 +92,7 @@ def full_status() -> FineTuneJobStatus:
             supervised_tokens=800,
             truncated_rows=0,
             max_length=128,
+            lengths=LengthStatus(p50=20, p95=60, p99=90, longest=128),
             labels=["negative", "positive"],
             fingerprint="sha256:" + "0" * 64,
         ),
@@ -89,6 +105,8 @@ def full_status() -> FineTuneJobStatus:
             schedule="Cosine",
             batch_size="32 sequences",
             micro_batch_tokens=4096,
+            activation_checkpointing=False,
+            gpus=1,
             max_length=128,
             precision="bf16",
             device="2 nodes x 4 x NVIDIA H100",
@@ -99,6 +117,7 @@ def full_status() -> FineTuneJobStatus:
             output="Adapter",
             metrics=["macroF1"],
         ),
+        memory=MemoryStatus(estimate_bytes=2_100_000_000, limit_bytes=80 * 2**30, peak_bytes=2_000_000_000),
         result=ResultStatus(
             split="test",
             baseline="majority class",

@@ -80,6 +80,8 @@ class Reason(StrEnum):
     SUCCEEDED = "Succeeded"
     PASSED = "Passed"
     NO_GATE = "NoGate"
+    FITS = "Fits"
+    LIMIT_UNKNOWN = "LimitUnknown"  # give resources.gpuMemory, or resources.limits.memory on CPU, to have it compared
     SUSPENDED_BY_USER = "SuspendedByUser"
     RESUMED = "Resumed"
 
@@ -92,6 +94,7 @@ class Reason(StrEnum):
     MODEL_NOT_FOUND = "ModelNotFound"
     OUTPUT_FAILED = "OutputFailed"  # the artifact could not be pushed to output.uri
     ACCELERATOR_MISSING = "AcceleratorMissing"  # a GPU was asked for, the pod sees none
+    INSUFFICIENT_MEMORY = "InsufficientMemory"  # cannot be trained in the memory given: the message has the numbers and what would help
     NON_FINITE_LOSS = "NonFiniteLoss"  # lower the learning rate, look at the data
     GATE_FAILED = "GateFailed"  # trained, but not good enough for evaluation.gate
 

@@ -23,7 +23,7 @@ COLUMNS = [
     ("Model", "string", ".spec.model.uri", "Foundation model.", 1),
     ("Method", "string", ".status.resolved.method", "Which weights are trained.", 1),
     ("Attempt", "integer", ".status.attempt", "Which try of the current stage this is.", 1),
-    ("GPUs", "integer", ".spec.resources.gpus", "GPUs asked for.", 1),
+    ("GPUs", "integer", ".status.resolved.gpus", "GPUs per node.", 1),
     ("Message", "string", ".status.message", "Where the job stands, in a sentence.", 1),
     ("Age", "date", ".metadata.creationTimestamp", "Time since creation.", 0),
 ]

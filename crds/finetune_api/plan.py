@@ -1,8 +1,8 @@
 """`plan.json`: what the operator tells a trainer pod. Everything is resolved and nothing is secret.
 
 The operator writes one plan per stage into a ConfigMap. Settings that need facts about the data are filled in
-after prepare: `checkpoint_steps`, `evaluation_steps`, `micro_batch_tokens`. Only the precision may stay open
-(None): it is a property of the device that the pod gets.
+after prepare: `checkpoint_steps`, `evaluation_steps` and what the memory plan decides. Only the precision may stay
+open (None): it is a property of the device that the pod gets.
 """
 
 from pydantic import Field
@@ -103,6 +103,7 @@ class PlanTraining(Document):
     batch_sequences: int | None = Field(None, description="Set exactly if batch_tokens is not.")
     batch_tokens: int | None = None
     micro_batch_tokens: int | None = Field(None, description="Set in the train plan.")
+    activation_checkpointing: bool | None = Field(None, description="Set in the train plan.")
     max_length: int = Field(description="Upper bound; prepare lowers it to the model's own limit.")
     precision: Precision | None = Field(None, description="None: bf16 where the accelerator has it, else fp32.")
     seed: int
@@ -122,9 +123,12 @@ class PlanEvaluation(Document):
 
 
 class PlanDevice(Document):
-    gpus: int
+    gpus: int = Field(description="Per node. Before the memory plan is made, 1 if their number is left to it.")
     nodes: int
     allow_cpu_fallback: bool
+    compact_heap: bool = Field(False, description="On CPU: give freed memory back at once, since it is short. Set in the train plan.")
+    estimated_memory_bytes: int | None = Field(None, description="Of the memory plan, per device. Set in the train plan.")
+    peak_memory_bytes: int | None = Field(None, description="Measured by training, for the model card. Set in the publish plan.")
 
 
 class PlanOutput(Document):

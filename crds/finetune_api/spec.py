@@ -285,6 +285,9 @@ class TrainingSpec(Document):
     micro_batch_tokens: int | None = Field(
         None, ge=1, le=4194304, description="Most tokens in one forward pass; bounds memory, does not change the result. Left out: chosen by sizing."
     )
+    activation_checkpointing: bool | None = Field(
+        None, description="Compute activations again in the backward pass instead of keeping them: less memory, about a third slower, the same result. Left out: only if the job would not fit otherwise."
+    )
     max_length: int | None = Field(None, ge=8, le=1048576, description="Longest row (with method.dpo: longest answer with its prompt) in tokens; longer ones are cut. Left out: the model's limit, at most 512 (Classification) or 2048 (Generation).")
     precision: Precision | None = Field(None, description="bf16 or fp32. Left out: bf16 where the accelerator has it, else fp32.")
     seed: int = Field(42, ge=0, le=4294967295, description="Seed of shuffling, initialisation and dropout. The same seed gives the same weights on the same hardware.")
@@ -327,10 +330,16 @@ class EvaluationSpec(Document):
 class ResourcesSpec(Document):
     rules: ClassVar = (
         *RESOURCE_RULES,
+        Rule("!has(self.gpuMemory) || !has(self.gpus) || self.gpus > 0", "gpuMemory is for training on GPUs; leave it out with gpus: 0", "gpuMemory"),
         Rule("!has(self.requests) || !(self.gpuResource in self.requests)", "GPUs are asked for with resources.gpus; leave them out here", "requests"),
         Rule("!has(self.limits) || !(self.gpuResource in self.limits)", "GPUs are asked for with resources.gpus; leave them out here", "limits"),
     )
-    gpus: int = Field(0, ge=0, le=16, description="GPUs for training on each node; 0 trains on CPU.")
+    gpus: int | None = Field(
+        None, ge=0, le=16, description="GPUs for training on each node; 0 trains on CPU. Left out: with gpuMemory as few as hold the job, at most 8; else 0."
+    )
+    gpu_memory: Quantity | None = Field(
+        None, description="Memory of one GPU, for example 80Gi. A job that needs more is refused before a GPU is asked for. Left out: not known, nothing is refused."
+    )
     gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
     nodes: int = Field(
         1, ge=1, le=64, description="Pods that train together, each with its own GPUs and its own requests and limits; with GPUs for a whole node, so many nodes. "
@@ -420,7 +429,7 @@ class FineTuneJobSpec(Document):
              "|| self.method.headFirst.steps < self.training.maxSteps",
              "headFirst must leave some of training.maxSteps for the rest of the weights", "method.headFirst.steps"),
         Rule("self.task == 'Generation' || !has(self.method.dpo)", "dpo is for task Generation; a classifier has no answers to prefer", "method.dpo"),
-        Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || !has(self.resources.gpus) || self.resources.gpus > 0",
+        Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || (has(self.resources.gpus) ? self.resources.gpus > 0 : has(self.resources.gpuMemory))",
              "NF4 needs a CUDA GPU: ask for one with resources.gpus, or leave quantization out", "method.lora.quantization"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         _format_fits_task("dataset.sources"),

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from finetune_api.base import Document
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.spec import Precision
 
 Decimal = Annotated[str, StringConstraints(pattern=r"^(-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?|nan|-?inf)$", max_length=32)]
 Timestamp = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z$", max_length=32)]
@@ -53,6 +54,15 @@ class MetricsStatus(Document):
     peak_memory_bytes: int | None = Field(None, description="Peak memory: of the accelerator, or resident memory on CPU.")
 
 
+class LengthStatus(Document):
+    """Tokens per training row, cut at maxLength; of a preference pair, of both answers."""
+
+    p50: int = Field(description="Half of the rows are no longer.")
+    p95: int = Field(description="19 of 20 rows are no longer.")
+    p99: int = Field(description="99 of 100 rows are no longer.")
+    longest: int = Field(description="The longest row.")
+
+
 class DataStatus(Document):
     """The summary of the data report (`report/data.json` in the workspace)."""
 
@@ -66,20 +76,39 @@ class DataStatus(Document):
     supervised_tokens: int = Field(description="Training tokens that have a loss; for Classification the number of training rows.")
     truncated_rows: int = Field(description="Training rows cut at maxLength.")
     max_length: int = Field(description="Longest row in tokens that was allowed.")
+    lengths: LengthStatus | None = Field(None, description="Tokens per training row.")
     labels: Annotated[list[str], Field(max_length=32)] | None = Field(None, description="Labels in the order of their class ids, the first 32.")
     fingerprint: str = Field(max_length=128, description="Hash of the rows, the tokenizer and the settings.")
 
 
+class ActivationStatus(Document):
+    """What one pass keeps for its backward pass: fixedBytes + tokens * bytesPerToken, and bytesPerTokenPair for each pair of tokens of a row."""
+
+    precision: Precision = Field(description="Precision that this holds for.")
+    fixed_bytes: int = Field(ge=0, description="Whatever the number of tokens: weights cast to bf16.")
+    bytes_per_token: int = Field(ge=0, description="Per token of the pass.")
+    bytes_per_token_pair: int = Field(ge=0, description="Per pair of tokens of the same row; 0 where attention keeps no scores.")
+
+
 class ModelStatus(Document):
-    """Facts about the foundation model, found by prepare."""
+    """Facts about the foundation model and what the job trains of it, found by prepare."""
 
     architecture: str = Field(max_length=128, description="Class of the model.")
     revision: str | None = Field(None, max_length=128, description="The commit that was used.")
     parameters: int = Field(description="Number of parameters.")
     layers: int | None = Field(None, description="Number of transformer blocks.")
     hidden_size: int | None = Field(None, description="Width.")
+    intermediate_size: int | None = Field(None, description="Width between the two parts of a feed-forward network, of all experts that one token uses.")
+    attention_heads: int | None = Field(None, description="Attention heads per block.")
+    key_value_heads: int | None = Field(None, description="Attention heads that have keys and values of their own.")
     vocabulary_size: int | None = Field(None, description="Number of tokens known.")
     context_length: int | None = Field(None, description="Longest input.")
+    tied_embeddings: bool | None = Field(None, description="Whether input embeddings and output layer share their weights.")
+    trainable_parameters: int | None = Field(None, description="Weights that method trains, adapters and head included.")
+    frozen_parameters: int | None = Field(None, description="Weights that method leaves as they are.")
+    frozen_linear_parameters: int | None = Field(None, description="Those of them that are in linear layers before the output layer: what lower precision makes smaller.")
+    supports_checkpointing: bool | None = Field(None, description="Whether its blocks can compute their activations again.")
+    activations: ActivationStatus | None = Field(None, description="Memory of a training pass beside weights and logits.")
 
 
 class ResolvedStatus(Document):
@@ -94,6 +123,8 @@ class ResolvedStatus(Document):
     batch_size: str = Field(max_length=64, description="Size of an optimizer step, for example '32 sequences'.")
     micro_batch_tokens: int | None = Field(None, description="Most tokens in one forward pass; less than at first if the GPU ran out of memory.")
     batching: str | None = Field(None, max_length=128, description="How rows lie in a forward pass: 'packed' (side by side, without padding), 'padded' and why, or 'encoded once' (Head on a frozen encoder); known when training has begun.")
+    activation_checkpointing: bool | None = Field(None, description="Whether activations are computed again instead of kept; known after prepare.")
+    gpus: int | None = Field(None, description="GPUs per node; 0 is CPU. Known after prepare if they are left to the memory plan.")
     max_length: int | None = Field(None, description="Longest row in tokens.")
     precision: str | None = Field(None, max_length=16, description="Precision; known when training has begun.")
     device: str | None = Field(None, max_length=128, description="Device, for example '2 nodes x 4 x NVIDIA H100'; its name is known when training has begun.")
@@ -121,6 +152,14 @@ class ArtifactStatus(Document):
     sha256: str = Field(max_length=64, description="Hash of its SHA256SUMS file, which holds the hashes of all files.")
     format: str = Field(max_length=32, description="Adapter or Merged.")
     size_bytes: int = Field(description="Size of all files.")
+
+
+class MemoryStatus(Document):
+    """The memory plan, per GPU, or of the training process on CPU."""
+
+    estimate_bytes: int = Field(description="What training needs.")
+    limit_bytes: int | None = Field(None, description="What there is, by resources.gpuMemory or on CPU resources.limits.memory.")
+    peak_bytes: int | None = Field(None, description="The most that it had, measured; known when training has ended.")
 
 
 class ResultStatus(Document):
@@ -155,5 +194,6 @@ class FineTuneJobStatus(Document):
     model: ModelStatus | None = Field(None, description="Facts about the foundation model.")
     data: DataStatus | None = Field(None, description="Summary of the data report.")
     resolved: ResolvedStatus | None = Field(None, description="The settings in force.")
+    memory: MemoryStatus | None = Field(None, description="Memory of the training, estimated before and measured after.")
     result: ResultStatus | None = Field(None, description="Evidence and artifact.")
     failure: FailureStatus | None = Field(None, description="Why the job failed.")

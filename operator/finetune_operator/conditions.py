@@ -34,10 +34,10 @@ class Conditions:
         condition = self.get(kind)
         return condition is not None and condition.status == "True"
 
-    def set(self, kind: ConditionType, holds: bool, reason: Reason, message: str) -> None:
-        """Sets one condition; its transition time stays if only the reason or the message is new."""
+    def set(self, kind: ConditionType, holds: bool | None, reason: Reason, message: str) -> None:
+        """Sets one condition, to Unknown with None; its transition time stays if only reason or message is new."""
         old = self.get(kind)
-        status: Literal["True", "False"] = "True" if holds else "False"
+        status: Literal["True", "False", "Unknown"] = "Unknown" if holds is None else "True" if holds else "False"
         same = old is not None and old.status == status
         self._conditions[kind] = Condition(
             type=kind,

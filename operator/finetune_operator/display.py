@@ -8,7 +8,7 @@ import yaml
 from finetune_api.constants import Phase, Stage
 from finetune_api.progress import Progress
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, MemoryStatus
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -193,10 +193,16 @@ def outcome(status: FineTuneJobStatus, stage: Stage) -> str:
             return f"{data.train_rows} rows to train on, {data.validation_rows} validation, {data.test_rows} test"
         case Stage.TRAIN if result and result.scores:
             scores = ", ".join(f"{score.metric} {score.value}" for score in result.scores)
-            return f"{scores}; {result.stopped_early}" if result.stopped_early else scores
+            return "; ".join(filter(None, (scores, result.stopped_early, _describe_memory(status.memory))))
         case Stage.PUBLISH if result and result.artifact:
             return f"{result.artifact.format}, {result.artifact.size_bytes / 1e6:.1f} MB"
     return ""
+
+
+def _describe_memory(memory: MemoryStatus | None) -> str:
+    if memory is None or memory.peak_bytes is None:
+        return ""
+    return f"memory {memory.peak_bytes / 2**30:.1f} GiB ({memory.estimate_bytes / 2**30:.1f} expected)"
 
 
 def describe_numbers(progress: Progress | None) -> str:

@@ -7,6 +7,7 @@ from finetune_api.progress import Progress, Result, TrainResult
 from finetune_api.status import (
     FailureStatus,
     FineTuneJobStatus,
+    MemoryStatus,
     MetricsStatus,
     ProgressStatus,
     ResultStatus,
@@ -158,6 +159,9 @@ class Draft:
         progress: ProgressStatus | None = self.get("progress")
         if progress is not None:
             self.set(progress=progress.model_copy(update={"step": train.steps, "total_steps": train.steps}))
+        memory: MemoryStatus | None = self.get("memory")
+        if memory is not None:
+            self.set(memory=memory.model_copy(update={"peak_bytes": train.peak_memory_bytes}))
         first = train.scores[0] if train.scores else None
         self.set(
             metrics=old.model_copy(update={name: value for name, value in found.items() if value is not None}),

@@ -160,7 +160,7 @@ def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, Loc
 
 def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> Plan:
     """The plan of one stage. For train, `resource.status` holds the `data` and the `model` that prepare found."""
-    return Plan(
+    plan = Plan(
         stage=stage,
         job=JobReference(namespace=resource.key.namespace, name=resource.key.name, uid=resource.uid),
         workspace=layout.workspace(resource, spec),
@@ -181,7 +181,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         training=_training(resource, spec),
         evaluation=PlanEvaluation(metrics=_metrics(spec), gate=spec.evaluation.gate),
         device=PlanDevice(
-            gpus=spec.resources.gpus,
+            gpus=sizing.wanted_gpus(spec),
             nodes=spec.resources.nodes,
             allow_cpu_fallback=spec.resources.allow_cpu_fallback,
         ),
@@ -191,6 +191,13 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
             workspace_uri=layout.workspace_uri(resource, spec),
         ),
     )
+    return _size(plan, resource, spec)
+
+
+def plan_memory(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> sizing.MemoryPlan | None:
+    """The memory plan of the job; None before prepare has found its facts."""
+    data, model = resource.status.data, resource.status.model
+    return None if data is None or model is None else sizing.plan_memory(spec, plan.training, model, data)
 
 
 def has_peers(plan: Plan) -> bool:
@@ -213,6 +220,8 @@ def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | 
         batch_size=batch,
         micro_batch_tokens=(found and found.micro_batch_tokens) or training.micro_batch_tokens,
         batching=found.batching[:128] if found and found.batching else None,
+        activation_checkpointing=training.activation_checkpointing,
+        gpus=plan.device.gpus if plan.device.estimated_memory_bytes else None,
         max_length=training.max_length,
         precision=precision[:16] if precision else None,
         device=_describe_device(plan.device, found.device if found else None),
@@ -308,15 +317,17 @@ def _describe_patience(settings: PlanEarlyStopping) -> str:
 
 
 def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
+    """As far as the spec says."""
     wanted, data = spec.training, resource.status.data
     batch = wanted.batch_size
-    plan = PlanTraining(
+    return PlanTraining(
         epochs=None if wanted.max_steps else wanted.epochs or EPOCHS,
         max_steps=wanted.max_steps,
         learning_rate=wanted.learning_rate or _learning_rate(spec),
         batch_sequences=batch.sequences if batch else BATCH_SEQUENCES[spec.task],
         batch_tokens=batch.tokens if batch else None,
         micro_batch_tokens=wanted.micro_batch_tokens,
+        activation_checkpointing=wanted.activation_checkpointing,
         max_length=data.max_length if data else wanted.max_length or MAX_LENGTH[spec.task],
         precision=wanted.precision or _precision_found(resource),
         seed=wanted.seed,
@@ -334,7 +345,6 @@ def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
         else None,
         compile=wanted.compile,
     )
-    return _size(plan, resource, spec)
 
 
 def _learning_rate(spec: FineTuneJobSpec) -> float:
@@ -347,20 +357,32 @@ def _precision_found(resource: Resource) -> Precision | None:
     return Precision(resolved.precision) if resolved and resource.status.result and resolved.precision else None
 
 
-def _size(plan: PlanTraining, resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:
+def _size(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> Plan:
     """The plan with what depends on model and data, if prepare has found them; the user's own values stay."""
-    data, model = resource.status.data, resource.status.model
-    if data is None or model is None:
+    data, memory, training = resource.status.data, plan_memory(plan, resource, spec), plan.training
+    if data is None or memory is None:
         return plan
-    run = sizing.run_length(data, plan.batch_sequences, plan.batch_tokens, plan.epochs, plan.max_steps)
-    longest = plan.max_length * (2 if spec.method.dpo else 1)  # a pair is never torn apart
-    batch_tokens = plan.batch_tokens or (plan.batch_sequences or 1) * longest
+    run = sizing.run_length(data, training.batch_sequences, training.batch_tokens, training.epochs, training.max_steps)
     chosen = {
         "checkpoint_steps": run.checkpoint_steps,
         "evaluation_steps": run.evaluation_steps,
-        "micro_batch_tokens": sizing.micro_batch_tokens(spec, model, longest, batch_tokens),
+        "micro_batch_tokens": memory.micro_batch_tokens,
+        "activation_checkpointing": memory.activation_checkpointing,
     }
-    return plan.model_copy(update={name: value for name, value in chosen.items() if getattr(plan, name) is None})
+    left_open = {name: value for name, value in chosen.items() if getattr(training, name) is None}
+    measured = resource.status.memory.peak_bytes if resource.status.memory else None
+    device = {
+        "gpus": memory.gpus,
+        "compact_heap": memory.compact_heap,
+        "estimated_memory_bytes": memory.memory.total,
+        "peak_memory_bytes": measured,
+    }
+    return plan.model_copy(
+        update={
+            "training": training.model_copy(update=left_open),
+            "device": plan.device.model_copy(update=device),
+        }
+    )
 
 
 def _metrics(spec: FineTuneJobSpec) -> list[Metric]:

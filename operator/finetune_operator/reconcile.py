@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_api.rules import InvalidManifestError, parse_spec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FailureStatus, FineTuneJobStatus
+from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus
 
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import shorten
@@ -34,15 +35,21 @@ from finetune_operator.observed import (
     parse_time,
     result_of,
 )
-from finetune_operator.plans import Layout, build_plan, resolved_status
+from finetune_operator.plans import Layout, build_plan, plan_memory, resolved_status
 from finetune_operator.render import render_stage
 from finetune_operator.settings import Settings
+from finetune_operator.sizing import advise, explain
 
 LOOK_AGAIN_SECONDS = 5.0
 """For what no watch tells: Events about a pod that does not start."""
 
 RESULT_GRACE_SECONDS = 30.0
 """A Job may be seen as complete before its pod is; after this, the pod is gone and with it the stage's result."""
+
+UNKNOWN_LIMIT = {
+    True: "how much a GPU has is not known: give resources.gpuMemory to have it compared",
+    False: "how much there is is not known: give resources.limits.memory to have it compared",
+}
 
 WORKING = {Stage.PREPARE: Phase.PREPARING, Stage.TRAIN: Phase.TRAINING, Stage.PUBLISH: Phase.PUBLISHING}
 WAITING = {Stage.PREPARE: Phase.PENDING, Stage.TRAIN: Phase.QUEUED, Stage.PUBLISH: Phase.PUBLISHING}
@@ -224,6 +231,8 @@ class _Walk:
             return self._decision()
         resource = replace(self.resource, status=self.draft.status())
         plan = build_plan(resource, self.spec, stage, self.context.layout)
+        if stage is Stage.TRAIN and not self._fits(plan, resource):
+            return self._decision()
         children = render_stage(
             resource, self.spec, plan, self.context.settings, self.context.layout, suspended=self.spec.suspend
         )
@@ -234,6 +243,27 @@ class _Walk:
             self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
         self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")
         return self._decision(create=tuple(children))
+
+    def _fits(self, plan: Plan, resource: Resource) -> bool:
+        """Reports the memory plan; a job that cannot fit fails before it asks for a GPU."""
+        memory = plan_memory(plan, resource, self.spec)
+        if memory is None:
+            return True
+        message = explain(memory)
+        self.draft.set(memory=MemoryStatus(estimate_bytes=memory.memory.total, limit_bytes=memory.limit))
+        if memory.limit is None:
+            message = f"{message}; {UNKNOWN_LIMIT[memory.gpus > 0]}"
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, None, Reason.LIMIT_UNKNOWN, message)
+        elif memory.fits:
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, True, Reason.FITS, message)
+        else:
+            message = f"{message}. To make it fit, {advise(memory, self.spec)}"
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, False, Reason.INSUFFICIENT_MEMORY, message)
+            self.draft.set(resolved=resolved_status(plan, None, None))
+            self.draft.fail(
+                FailureStatus(stage=Stage.TRAIN, reason=Reason.INSUFFICIENT_MEMORY, message=shorten(message))
+            )
+        return memory.fits
 
     def _wait(self, stage: Stage, reason: Reason, message: str) -> None:
         if self.spec.suspend:

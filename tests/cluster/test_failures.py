@@ -50,11 +50,19 @@ def test_a_model_that_does_not_exist_is_named(workbench: Workbench) -> None:
 
 
 def test_out_of_memory_is_reported_as_such(workbench: Workbench) -> None:
-    resources = {"limits": {"memory": "120Mi"}}
+    resources = {"prepare": {"limits": {"memory": "120Mi"}}}
     name = workbench.submit(tiny_classification(resources=resources, limits={"retries": 0}))
     failure = workbench.wait(name, "Failed")["status"]["failure"]
-    assert (failure["stage"], failure["reason"]) == ("train", "OOMKilled")
-    assert "120Mi" in failure["message"] and "resources.limits.memory" in failure["message"]
+    assert (failure["stage"], failure["reason"]) == ("prepare", "OOMKilled")
+    assert "120Mi" in failure["message"] and "resources.prepare.limits.memory" in failure["message"]
+    workbench.delete(name)
+
+
+def test_a_training_that_cannot_fit_its_memory_is_never_begun(workbench: Workbench) -> None:
+    name = workbench.submit(tiny_classification(resources={"limits": {"memory": "120Mi"}}))
+    job = workbench.wait(name, "Failed")
+    assert kit.condition(job, "MemoryFits")["reason"] == job["status"]["failure"]["reason"] == "InsufficientMemory"
+    assert "raise resources.limits.memory to 1Gi" in job["status"]["failure"]["message"]
     workbench.delete(name)
 
 

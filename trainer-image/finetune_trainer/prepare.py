@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,13 +118,15 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
 
     from finetune_trainer.data.tokenize import Encoder
     from finetune_trainer.model import facts
-    from finetune_trainer.model.load import check_start_adapter, load_tokenizer
+    from finetune_trainer.model.load import build_skeleton, check_start_adapter, load_tokenizer
+    from finetune_trainer.train.footprint import add_footprint
 
     config = facts.load_config(workspace.model, plan.model.trust_remote_code)
     facts.check_task(config, plan.task)
     model = findings.model = facts.read_facts(workspace.model, config, revision)
     facts.check_layers(model, plan.last_layers)
     watch.check()
+    model = findings.model = add_footprint(model, partial(build_skeleton, plan, workspace, findings.labels), plan)
     if plan.model.adapter is not None:
         fetch_adapter(plan.model.adapter, workspace, this.watch("Fetching the adapter", 0.5, 0.5))
         check_start_adapter(plan, workspace, findings.labels, revision)
@@ -149,6 +152,7 @@ def write_data(this: Run, encoder: "Encoder") -> None:
                 _hash_row(digest, row.split, tokens)
                 if row.split is Split.TRAIN:
                     findings.lengths.add(length)
+                    findings.cut_lengths.add(sum(len(part.input_ids) for part in tokens.documents))
                 if isinstance(row.example, LabelledText):
                     labels[row.split][row.example.label] += 1
         splits = {str(name): writer.manifest for name, writer in writers.items()}

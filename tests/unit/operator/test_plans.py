@@ -178,6 +178,7 @@ def test_what_the_user_says_stays_also_where_it_is_zero():
         "warmupRatio": 0,
         "weightDecay": 0,
         "maxGradNorm": 3,
+        "activationCheckpointing": True,
         "checkpointSteps": 11,
         "evaluationSteps": 13,
         "earlyStopping": {"patience": 2, "minimumImprovement": 0},

@@ -149,6 +149,11 @@ def test_the_report_tells_what_was_found(tmp_path, plan):
     assert prepared.model.layers == 2
     assert prepared.model.context_length == 128
     assert prepared.data.max_length == 64
+    lengths = open_split(Path(this.workspace) / "data", "train").lengths
+    assert prepared.data.lengths.longest == lengths.max()
+    assert prepared.data.lengths.p50 <= prepared.data.lengths.p95 <= prepared.data.lengths.p99 <= lengths.max()
+    assert prepared.model.intermediate_size == 64
+    assert prepared.model.trainable_parameters and prepared.model.activations
 
 
 def test_the_parameters_are_those_of_the_model(tmp_path, plan, models):

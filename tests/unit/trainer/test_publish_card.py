@@ -202,6 +202,12 @@ class TestContent:
         assert "\n# head" not in text
 
 
+def test_the_measured_memory_stands_beside_what_was_expected():
+    device = {"estimated_memory_bytes": 3 * 2**30, "peak_memory_bytes": 5 * 2**29}
+    assert "Training held at most 2.50 GiB; 3.00 GiB were expected." in card(device=device)
+    assert "GiB" not in card()
+
+
 def test_versions_are_those_that_are_installed():
     versions = software_versions()
     assert versions["torch"] == torch.__version__

@@ -257,6 +257,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Full of a GPT-2": {**FULL, **GENERATION},
     "Full with clipped gradients": {**FULL, **GENERATION, "training": {"max_grad_norm": 0.05}},
     "Full in one micro-batch": {**FULL, **GENERATION, "training": {"micro_batch_tokens": 10_000}},
+    "Full with activations computed again": {**FULL, **GENERATION, "training": {"activation_checkpointing": True}},
+    "a classifier with activations computed again": {**FULL, "training": {"activation_checkpointing": True}},
     "last layers in bf16": {**FULL, **GENERATION, "last_layers": 1, "training": {"precision": "bf16"}},
     "last layers of a classifier": {**FULL, "last_layers": 1},
     "head first, then all": {**FULL, "head_first": {"steps": 5, "learning_rate": 0.01}},

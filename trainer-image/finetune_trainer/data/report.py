@@ -3,12 +3,13 @@
 import json
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from finetune_api.report import DataReport, LengthReport, SourceReport
-from finetune_api.status import DataStatus, ModelStatus
+from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
 from finetune_trainer.data.pipeline import OpenedSource, Survey
 from finetune_trainer.data.quarantine import Quarantine
@@ -35,9 +36,21 @@ class Lengths:
         values = np.frombuffer(self._values, dtype=np.int32)
         if not len(values):
             return None
-        p50, p90, p99 = (int(p) for p in np.percentile(values, [50, 90, 99], method="higher"))
+        p50, p90, p99 = _percentiles(values, 50, 90, 99)
         mean = round(float(values.mean()), 2)
         return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
+
+    def status(self) -> LengthStatus | None:
+        """None if there are no rows."""
+        values = np.frombuffer(self._values, dtype=np.int32)
+        if not len(values):
+            return None
+        p50, p95, p99, longest = _percentiles(values, 50, 95, 99, 100)
+        return LengthStatus(p50=p50, p95=p95, p99=p99, longest=longest)
+
+
+def _percentiles(values: npt.NDArray[np.int32], *shares: int) -> Iterator[int]:
+    return (int(p) for p in np.percentile(values, shares, method="higher"))
 
 
 @dataclass
@@ -51,6 +64,8 @@ class Findings:
     labels: list[str] | None = None
     model: ModelStatus | None = None
     lengths: Lengths = field(default_factory=Lengths)
+    cut_lengths: Lengths = field(default_factory=Lengths)
+    """As they are trained on."""
     manifest: DataManifest | None = None
 
     def report(self, quarantine: Quarantine) -> DataReport:
@@ -89,6 +104,7 @@ class Findings:
             supervised_tokens=train.supervised_tokens if train else 0,
             truncated_rows=train.truncated_rows if train else 0,
             max_length=self.max_length,
+            lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )

@@ -42,17 +42,18 @@ def training_mode(model: torch.nn.Module, head_only: bool) -> None:
     """Dropout on, except in an encoder that is frozen as a whole: its features are then always the same."""
     model.train()
     if head_only:
-        _without_adapters(model).base_model.eval()
+        without_adapters(model).base_model.eval()
 
 
 def head_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trained weights of a classifier's head, whether or not LoRA has wrapped it."""
-    foundation = _without_adapters(model)
+    foundation = without_adapters(model)
     modules = (foundation.get_submodule(name) for name in head_modules(foundation))
     return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
 
 
-def _without_adapters(model: torch.nn.Module) -> PreTrainedModel:
+def without_adapters(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model, which LoRA may have wrapped; its layers keep their adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

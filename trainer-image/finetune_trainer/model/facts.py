@@ -91,6 +91,7 @@ def read_facts(folder: Path, config: Any, revision: str | None = None) -> ModelS
     Raises UserError (ModelInvalid) if a weight file is missing or damaged.
     """
     text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
     return ModelStatus(
         architecture=_architecture(config)[:128],
         revision=revision,
@@ -98,8 +99,23 @@ def read_facts(folder: Path, config: Any, revision: str | None = None) -> ModelS
         layers=getattr(text, "num_hidden_layers", None),
         hidden_size=getattr(text, "hidden_size", None),
         vocabulary_size=getattr(text, "vocab_size", None),
+        intermediate_size=_intermediate_size(text),
+        attention_heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         context_length=context_length(config),
+        tied_embeddings=getattr(config, "tie_word_embeddings", None),
     )
+
+
+def _intermediate_size(text: Any) -> int | None:
+    """Of the feed-forward network; of a mixture of experts, that of all experts that one token goes through."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff")
+    dense = next((size for name in names if (size := getattr(text, name, None))), None)
+    expert, experts = getattr(text, "moe_intermediate_size", None), getattr(text, "num_experts_per_tok", None)
+    if expert and experts:
+        return int(expert * experts)
+    width = getattr(text, "hidden_size", None)
+    return dense if dense else width and 4 * width  # GPT-2 leaves the usual width out
 
 
 def _architecture(config: Any) -> str:

@@ -70,9 +70,13 @@ def build_model(
 def check_start_adapter(plan: Plan, workspace: Workspace, labels: list[str] | None, revision: str | None) -> None:
     """Raises UserError if the adapter in the workspace does not fit the job. No weights of the model are read."""
     check_start(workspace.adapter, plan, labels, revision)
+    check_layers(workspace.adapter, build_skeleton(plan, workspace, labels))
+
+
+def build_skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> torch.nn.Module:
+    """The job's model on the meta device, with exactly the trained weights requiring grad. No weights are read."""
     with torch.device("meta"):
-        model = apply_method(_skeleton(plan, workspace, labels), plan)
-    check_layers(workspace.adapter, model)
+        return apply_method(_skeleton(plan, workspace, labels), plan)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -116,7 +120,7 @@ def _skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> Pre
     if labels is not None:
         config.num_labels = len(labels)
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, **trusted)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, **trusted)
     return model
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from finetune_api.plan import Plan, PlanEarlyStopping, PlanHeadFirst
+from finetune_api.plan import Plan, PlanDevice, PlanEarlyStopping, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
@@ -62,6 +62,7 @@ def model_card(
         *_data(data),
         "## Training",
         _table(("Setting", "Value"), _settings(plan, data, best_step)),
+        *_memory(plan.device),
         "## Software",
         _table(("Package", "Version"), versions.items()),
     ]
@@ -208,6 +209,7 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "warm-up ratio": training.warmup_ratio,
         "batch size": batch,
         "micro-batch tokens": training.micro_batch_tokens,
+        "activation checkpointing": training.activation_checkpointing and "on",
         "longest row in tokens": data.summary.max_length,
         "precision": training.precision and training.precision.value,
         "weight decay": training.weight_decay,
@@ -218,6 +220,14 @@ def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, A
         "GPUs": plan.device.gpus * plan.device.nodes,
     }
     return [(name, value) for name, value in settings.items() if value is not None]
+
+
+def _memory(device: PlanDevice) -> list[str]:
+    peak, estimate = device.peak_memory_bytes, device.estimated_memory_bytes
+    if peak is None:
+        return []
+    expected = f"; {estimate / 2**30:.2f} GiB were expected" if estimate else ""
+    return [f"Training held at most {peak / 2**30:.2f} GiB{expected}."]
 
 
 def _head_first(first: PlanHeadFirst) -> str:

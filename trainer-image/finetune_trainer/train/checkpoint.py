@@ -107,10 +107,11 @@ class _Manifest(Document):
 def identify(plan: Plan, fingerprint: str) -> RunIdentity:
     """The identity of a run: every setting that its weights or its choice of the best checkpoint depend on.
 
-    The size of a micro-batch is none of them (the loss does not depend on it), nor is the device.
+    The size of a micro-batch is none of them (the loss does not depend on it), nor are activations that are computed
+    again, nor the device.
     """
     spec = plan.to_dict()
-    free = {"checkpointSteps", "compile", "microBatchTokens", "precision"}
+    free = {"activationCheckpointing", "checkpointSteps", "compile", "microBatchTokens", "precision"}
     settings = {f"training.{name}": value for name, value in spec["training"].items() if name not in free}
     settings |= {f"method.lora.{name}": value for name, value in spec.get("lora", {}).items()}
     settings |= {f"method.headFirst.{name}": value for name, value in spec.get("headFirst", {}).items()}

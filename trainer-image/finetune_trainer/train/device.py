@@ -3,6 +3,7 @@
 import logging
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -33,9 +34,9 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
 
     def peak_memory(self) -> int:
-        """Bytes: allocated on the accelerator, or resident on CPU; the most since the process began."""
+        """Bytes: held by the accelerator's allocator, or resident on CPU; the most since the process began."""
         if self.torch_device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.torch_device))
+            return int(torch.cuda.max_memory_reserved(self.torch_device))
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -80,11 +81,18 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
+    """
+    if precision is Precision.BF16:
+        for layer in castable_layers(model):
+            layer.to(torch.bfloat16)
+
+
+def castable_layers(model: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Linear layers that are not trained, whose weights may be kept in less than fp32.
+
     The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too, and
     quantised ones.
     """
-    if precision is not Precision.BF16:
-        return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
@@ -92,4 +100,4 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
             continue
         frozen = not any(weight.requires_grad for weight in module.parameters())
         if frozen and module.weight.is_floating_point():
-            module.to(torch.bfloat16)
+            yield module

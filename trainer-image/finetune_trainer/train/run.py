@@ -37,6 +37,7 @@ from finetune_trainer.train.features import find_encoder
 from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
+from finetune_trainer.train.memory import check_checkpointing, checkpoint_activations, return_free_memory
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, Silent, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 
@@ -136,6 +137,8 @@ class _Run:
             precision=self.device.precision.value,
             device=self.device.name,
         )
+        if self.device.torch_device.type == "cpu" and self.plan.device.compact_heap:
+            return_free_memory()
         quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
         model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
         model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
@@ -144,6 +147,9 @@ class _Run:
         if self.device.torch_device.type == "cpu":
             speed_up(model)
         forward = prove(model, self.plan.task, self.device)
+        if self.plan.training.activation_checkpointing:
+            check_checkpointing(model, self.plan)
+            checkpoint_activations(model)
         batching = Batching(
             task=self.plan.task,
             packed=forward.packs,
