@@ -135,6 +135,8 @@ class Training:
     nodes: int = 1
     quantized: bool = False
     """QLoRA: the frozen linear layers in NF4."""
+    mean_batch_tokens: int | None = None
+    """Tokens that one optimizer step has on average."""
 
     @property
     def bytes_per_linear_weight(self) -> float:
@@ -146,6 +148,13 @@ class Training:
     @property
     def devices(self) -> int:
         return max(1, self.gpus) * self.nodes
+
+    @property
+    def share(self) -> int:
+        """Tokens of an optimizer step that fall to one device: with more in a pass, another would have no work."""
+        if self.devices == 1:
+            return self.batch_tokens
+        return max(self.longest, math.ceil((self.mean_batch_tokens or self.batch_tokens) / self.devices))
 
     @property
     def shards(self) -> int:
@@ -273,7 +282,7 @@ def _most_tokens(training: Training, checkpointing: bool, limit: int | None) -> 
         capped = training.gpus == 0 or limit is None
         return (limit is None or memory.total <= limit) and (not capped or memory.activations <= usual)
 
-    low, high = 0, min(MOST_TOKENS, max(training.batch_tokens // training.devices, training.longest))
+    low, high = 0, min(MOST_TOKENS, training.share)
     while low < high:  # the most that fits: memory only grows with the tokens
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -285,6 +294,7 @@ def _read(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatus, dat
     longest = data.lengths.longest if data.lengths else training.max_length * documents
     sequences, gpus = training.batch_sequences, wanted_gpus(spec)
     batch = training.batch_tokens or 1 if sequences is None else sequences * longest
+    mean = batch if sequences is None else math.ceil(sequences * data.tokens / max(1, data.train_rows))
     usual = Precision.BF16 if gpus and not spec.resources.allow_cpu_fallback else Precision.FP32
     found = model.activations.precision if model.activations else usual
     return Training(
@@ -294,6 +304,7 @@ def _read(spec: FineTuneJobSpec, training: PlanTraining, model: ModelStatus, dat
         precision=training.precision or found,
         longest=max(1, longest),
         batch_tokens=max(batch, longest, 1),
+        mean_batch_tokens=mean,
         gpus=gpus,
         nodes=spec.resources.nodes,
         quantized=spec.method.lora is not None and spec.method.lora.quantization is not None,

@@ -78,6 +78,7 @@ def make_spec(
             "method": {"type": method, "lora": lora, "dpo": dpo},
             "training": training or {},
             "resources": resources,
+            "workspace": {"claimName": "shared"},
         }
     )
 
@@ -233,6 +234,15 @@ def test_a_memory_limit_bounds_the_pass_and_full_tuning_leaves_less_of_it():
     assert tokens[0] == 32 * 64
     assert tokens[0] > tokens[1] > 64
     assert tokens[0] > tokens[2] > 64
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "tokens"), [(2, 1, 800), (2, 2, 500), (1, 4, 500)])
+def test_no_device_of_several_is_left_without_work(nodes: int, gpus: int, tokens: int):
+    """Eight rows of 200 tokens on average."""
+    found = data(500).model_copy(update={"train_rows": 100, "tokens": 20_000})
+    spec = make_spec("Generation", training={"batchSize": {"sequences": 8}}, gpus=gpus, nodes=nodes, gpuMemory="80Gi")
+    plan = build_plan(resource(model=with_lora(LLAMA_8B), data=found), spec, Stage.TRAIN, PodLayout())
+    assert plan.training.micro_batch_tokens == tokens
 
 
 def test_freed_memory_is_given_back_at_once_only_where_it_is_short():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from finetune_api.constants import Reason
@@ -37,13 +38,22 @@ class Device:
         """Bytes: held by the accelerator's allocator, or resident on CPU; the most since the process began."""
         if self.torch_device.type == "cuda":
             return int(torch.cuda.max_memory_reserved(self.torch_device))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return _peak_resident()
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type in which matrices are multiplied."""
         return torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
+
+
+def _peak_resident(status: Path = Path("/proc/self/status")) -> int:
+    """Bytes. Linux' own count; that of getrusage(2) begins with the memory of the process that started this one."""
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def choose_device(wanted: PlanDevice, precision: Precision | None, number: int = 0) -> Device:
