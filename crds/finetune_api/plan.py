@@ -10,6 +10,7 @@ from pydantic import Field
 from finetune_api.base import Document
 from finetune_api.constants import Stage
 from finetune_api.spec import (
+    CleanSpec,
     Columns,
     DataFormat,
     Gate,
@@ -65,6 +66,7 @@ class PlanDataset(Document):
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    clean: CleanSpec | None = None
     max_rejected: float = 0
 
 

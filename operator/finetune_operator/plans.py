@@ -253,6 +253,7 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
         test=split(spec.dataset.test, "test"),
         labels=spec.dataset.labels,
+        clean=spec.dataset.clean,
         max_rejected=spec.dataset.max_rejected,
     )
 

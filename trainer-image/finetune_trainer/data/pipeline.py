@@ -1,4 +1,4 @@
-"""The sources as one stream of placed rows: read, convert, check, split.
+"""The sources as one stream of placed rows: read, convert, clean, check, split.
 
 `place_rows` is a fresh pass with the same outcome every time it is called, so that one pass can find out what the
 next one needs to know (labels, counts) without holding the rows.
@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune_api.plan import PlanDataset, PlanSource
 from finetune_api.spec import DataFormat
 
+from finetune_trainer.data.clean import Cleaner, CleaningLog, Dropped
 from finetune_trainer.data.convert import Example, LabelledText, convert_rows, example_texts, recognise_format
 from finetune_trainer.data.labels import check_label_count
 from finetune_trainer.data.quarantine import Quarantine
@@ -60,6 +61,7 @@ class Survey:
     """What the first pass finds out. `labels`: split -> label -> rows."""
 
     def __init__(self) -> None:
+        self.cleaning = CleaningLog()
         self.read: Counter[SourceFile] = Counter()
         self.rows: Counter[str] = Counter()
         self.labels: dict[str, Counter[str]] = {}
@@ -102,9 +104,15 @@ def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
             return dataset.sources
 
 
-def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterator[PlacedRow | RejectedRow]:
-    """Every row of all sources, in their order."""
+def place_rows(
+    sources: Sequence[OpenedSource], dataset: PlanDataset, survey: Survey | None = None
+) -> Iterator[PlacedRow | RejectedRow]:
+    """Every row of all sources, in their order. What cleaning did is counted into `survey`."""
     splitter = Splitter(dataset)
+    cleaner = Cleaner(dataset.clean) if dataset.clean else None
+    cleaning = CleaningLog(cleaner.names if cleaner else ())
+    if survey:
+        survey.cleaning = cleaning
     closed = set(dataset.labels or ())
     for opened in sources:
         for file in opened.files:
@@ -113,6 +121,12 @@ def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterato
                     yield RejectedRow(file, item)
                     continue
                 line, example = item
+                if cleaner:
+                    cleaned = cleaner.clean(example, cleaning)
+                    if isinstance(cleaned, Dropped):
+                        yield RejectedRow(file, Rejection(line, cleaned.reason, cleaned.detail), False)
+                        continue
+                    example = cleaned
                 if closed and isinstance(example, LabelledText) and example.label not in closed:
                     yield RejectedRow(file, Rejection(line, "label is unknown", "dataset.labels does not list it"))
                     continue
@@ -130,7 +144,7 @@ def survey_rows(
     sizes = {file: file.path.stat().st_size for opened in sources for file in opened.files}
     done = 0
     current: SourceFile | None = None
-    for number, row in enumerate(place_rows(sources, dataset)):
+    for number, row in enumerate(place_rows(sources, dataset, survey)):
         if row.file != current:
             done += sizes[current] if current else 0
             current = row.file

@@ -70,6 +70,7 @@ class Findings:
                 for file in opened.files
             ],
             rejections=dict(quarantine.counts.most_common()),
+            cleaning=self.survey.cleaning.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             lengths=self.lengths.report(),
         )
