@@ -78,6 +78,7 @@ def full_status() -> FineTuneJobStatus:
             truncated_rows=0,
             max_length=128,
             labels=["negative", "positive"],
+            personal_data={"Email": 12, "EMPLOYEE": 1},
             fingerprint="sha256:" + "0" * 64,
         ),
         resolved=ResolvedStatus(

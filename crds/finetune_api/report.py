@@ -57,6 +57,12 @@ class CleaningReport(Document):
     languages: dict[str, int] | None = Field(None, description="Rows by language, before the filter; 'unknown' could not be told. With dataset.clean.languages only.")
 
 
+class PersonalDataReport(Document):
+    action: str
+    rows: int = Field(description="Rows in which something was found.")
+    found: dict[str, int] = Field(description="Values by kind, or name of a pattern of dataset.personalData.")
+
+
 class DataReport(Document):
     """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
 
@@ -65,6 +71,7 @@ class DataReport(Document):
     sources: list[SourceReport]
     rejections: dict[str, int] = Field(description="Rejected rows by reason.")
     cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
+    personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
     lengths: LengthReport | None = None
 

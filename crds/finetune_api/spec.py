@@ -3,7 +3,7 @@ operator or the trainer, and the choice is shown in `status.resolved`.
 """
 
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,8 @@ from finetune_api.kubernetes import (
     ResourceRequirements,
     Toleration,
 )
+
+Text = TypeVar("Text", bound=str)
 
 Uri = Annotated[str, StringConstraints(max_length=1024)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -153,7 +155,7 @@ class ModelSpec(Document):
     allow_pickle: bool = Field(False, description="Accept weights as pickle files, which can run code when they are read. Off: safetensors only.")
 
 
-def _once(values: list[str]) -> list[str]:
+def _once(values: list[Text]) -> list[Text]:
     for index, value in enumerate(values):
         if value in values[:index]:
             raise PydanticCustomError("duplicate", "'{value}' may be given only once", {"value": value})
@@ -241,6 +243,53 @@ class CleanSpec(Document):
     )
 
 
+class PersonalDataAction(StrEnum):
+    REDACT = "Redact"
+    PSEUDONYMIZE = "Pseudonymize"
+    REJECT = "Reject"
+    KEEP = "Keep"
+
+
+class PersonalDataKind(StrEnum):
+    EMAIL = "Email"
+    PHONE = "Phone"
+    IBAN = "IBAN"
+    CREDIT_CARD = "CreditCard"
+    NATIONAL_ID = "NationalId"
+    IP_ADDRESS = "IPAddress"
+    URL_CREDENTIALS = "UrlCredentials"
+    SECRET = "Secret"
+
+
+class PersonalDataPattern(Document):
+    rules: ClassVar = (Rule(_COMPILES.format("self.pattern"), f"expected {RE2_HELP}", "pattern"),)
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$", max_length=32)] = Field(
+        description="What it is called in the placeholder and in the counts, for example EMPLOYEE_NUMBER."
+    )
+    pattern: Pattern = Field(description=f"{RE2_HELP[0].upper()}{RE2_HELP[1:]}. All that it matches counts as found; there is no check beyond it.")
+
+
+class PersonalDataSpec(Document):
+    rules: ClassVar = (
+        Rule("(self.action == 'Pseudonymize') == has(self.keySecretRef)", "keySecretRef is needed by action Pseudonymize, and by no other", "keySecretRef"),
+        Rule("!has(self.patterns) || self.patterns.all(p, self.patterns.exists_one(q, q.name == p.name))", "every pattern needs a name of its own", "patterns"),
+    )
+    action: PersonalDataAction = Field(
+        description="What is done with what is found. Redact: a placeholder such as [EMAIL] takes its place. Pseudonymize: one that is the same for the same value, such as [EMAIL_5f0e8d3c21b7a964] "
+        "(HMAC-SHA256 with the key of keySecretRef). Reject: the row is left out. Keep: it is only counted."
+    )
+    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=8), AfterValidator(_once)] | None = Field(
+        None, description="What is looked for. Left out: all. Numbers count only if their check digits are right.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    )
+    countries: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$", max_length=2)]], Field(min_length=1, max_length=32), AfterValidator(_once)] | None = Field(
+        None, description="Countries (ISO 3166, such as DE) whose phone numbers are also found without +, and whose national ids are looked for. Left out: phone numbers with + only, and "
+        "ids of AT, AU, BE, BR, CA, CH, DE, DK, ES, FI, FR, GB, IE, IT, NL, NO, PL, SE and US.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    patterns: Annotated[list[PersonalDataPattern], Field(min_length=1, max_length=16)] | None = Field(None, description="What else to look for, whatever kinds says.")
+    key_secret_ref: LocalReference | None = Field(None, description="Secret whose entry 'key', at least 16 bytes, makes the pseudonyms. Who has it can tell whether a pseudonym is that of a known value.")
+
+
 class DatasetSpec(Document):
     rules: ClassVar = (
         Rule("(has(self.validation) ? (has(self.validation.fraction) ? self.validation.fraction : 0.0) : 0.1) "
@@ -255,6 +304,7 @@ class DatasetSpec(Document):
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     clean: CleanSpec | None = Field(None, description="What is repaired in the texts of all splits, and which rows are left out. Left out: nothing is changed.")
+    personal_data: PersonalDataSpec | None = Field(None, description="E-mail addresses, phone numbers, secrets and the like in the texts of all splits; labels are not looked at. Left out: not looked for.")
     max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")
 
 

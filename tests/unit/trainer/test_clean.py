@@ -9,7 +9,7 @@ from finetune_api.constants import Stage
 from finetune_api.report import DataReport
 from finetune_api.spec import CleanSpec, Task
 from finetune_trainer.data import clean
-from finetune_trainer.data.clean import Cleaner, CleaningLog, Dropped, detect_language, redact, repetition
+from finetune_trainer.data.clean import Cleaner, CleaningLog, detect_language, redact, repetition
 from finetune_trainer.data.convert import (
     Conversation,
     LabelledText,
@@ -17,6 +17,7 @@ from finetune_trainer.data.convert import (
     Preference,
     PromptCompletion,
     Turn,
+    Unwanted,
     map_texts,
     spoken_texts,
 )
@@ -36,7 +37,7 @@ GERMAN = "Die Aktien des Unternehmens stiegen am Montag deutlich, nachdem es gut
 ENGLISH = "Shares of the company rose sharply on Monday after it had reported good figures for the year."
 
 
-def cleaned(text: str, **settings) -> str | Dropped:
+def cleaned(text: str, **settings) -> str | Unwanted:
     settings = CleanSpec(**settings)
     cleaner = Cleaner(settings)
     result = cleaner.clean(PlainText(text), CleaningLog(cleaner.names))
@@ -101,7 +102,7 @@ def test_white_space_is_evened_out_and_indentation_stays(dirty, clean):
 def test_lines_of_no_use_are_dropped():
     text = "Home | About\nShares rose.\nSubscribe now!\nThey fell."
     assert cleaned(text, drop_lines=[r"^Home \|", "(?i)subscribe"]) == "Shares rose.\nThey fell."
-    assert cleaned("Home | About", drop_lines=["^Home"]) == Dropped("dropLines", "empty once cleaned", "")
+    assert cleaned("Home | About", drop_lines=["^Home"]) == Unwanted("empty once cleaned")
 
 
 def test_no_pattern_and_no_text_takes_long():
@@ -173,8 +174,8 @@ def test_repetition_is_a_share():
 def test_rows_in_other_languages_are_dropped_and_those_that_cannot_be_told_are_kept():
     assert (detect_language(GERMAN), detect_language(ENGLISH), detect_language("42 OK")) == ("de", "en", "unknown")
     assert detect_language("\ufffe\x00") == "unknown"
-    assert cleaned(GERMAN, languages=["en"]) == Dropped(
-        "languages", "other language", "de, which dataset.clean.languages does not list"
+    assert cleaned(GERMAN, languages=["en"]) == Unwanted(
+        "other language", "de, which dataset.clean.languages does not list"
     )
     assert cleaned(GERMAN, languages=["en", "de"]) == GERMAN
     assert cleaned("42 OK", languages=["en"]) == "42 OK"

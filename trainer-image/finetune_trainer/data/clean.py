@@ -8,7 +8,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import ftfy
 import pycld2
@@ -17,7 +16,7 @@ from finetune_api.constants import Reason
 from finetune_api.report import CleaningReport, CleaningSample, CleaningStep
 from finetune_api.spec import CleanSpec
 
-from finetune_trainer.data.convert import Example, Preference, example_texts, map_texts, spoken_texts
+from finetune_trainer.data.convert import Example, Preference, Unwanted, example_texts, map_texts, spoken_texts
 from finetune_trainer.errors import UserError
 
 TextStep = Callable[[str], str]
@@ -127,14 +126,6 @@ def detect_language(text: str) -> str:
     return code if sure and code != "un" else UNKNOWN
 
 
-class Dropped(NamedTuple):
-    """A sound example that is not wanted: by which setting, and the words for its rejection."""
-
-    step: str
-    reason: str
-    detail: str
-
-
 class CleaningLog:
     """Counts by setting, and its first samples."""
 
@@ -176,15 +167,16 @@ class Cleaner:
         chosen = settings.to_dict()
         self.names = [*self._steps, *(name for name in filters if name in chosen)]
 
-    def clean(self, example: Example, log: CleaningLog) -> Example | Dropped:
+    def clean(self, example: Example, log: CleaningLog) -> Example | Unwanted:
         """The cleaned example, or why it is dropped."""
         cleaned, step = self._repair(example, log)
         texts = spoken_texts(cleaned)
-        dropped = _emptied(cleaned, step) if step else None
-        dropped = dropped or self._filter(texts, log)
-        if dropped:
-            log.drop(dropped.step, max(spoken_texts(example), key=len))
-            return dropped
+        unwanted = _emptied(cleaned) if step else None
+        if unwanted is None:
+            step, unwanted = self._filter(texts, log)
+        if step and unwanted:
+            log.drop(step, max(spoken_texts(example), key=len))
+            return unwanted
         return cleaned
 
     def _repair(self, example: Example, log: CleaningLog) -> tuple[Example, str | None]:
@@ -205,28 +197,29 @@ class Cleaner:
                 log.change(name, *changed[name])
         return cleaned, max(changed, key=list(self._steps).index, default=None)
 
-    def _filter(self, texts: list[str], log: CleaningLog) -> Dropped | None:
+    def _filter(self, texts: list[str], log: CleaningLog) -> tuple[str | None, Unwanted | None]:
+        """The setting that the texts do not meet, and why."""
         wanted = self._settings
         length = sum(map(len, texts))
         if wanted.min_characters is not None and length < wanted.min_characters:
             detail = f"{length} characters, dataset.clean.minCharacters is {wanted.min_characters}"
-            return Dropped("minCharacters", "too short", detail)
+            return "minCharacters", Unwanted("too short", detail)
         if wanted.max_characters is not None and length > wanted.max_characters:
             detail = f"{length} characters, dataset.clean.maxCharacters is {wanted.max_characters}"
-            return Dropped("maxCharacters", "too long", detail)
+            return "maxCharacters", Unwanted("too long", detail)
         if wanted.max_repetition is not None:
             share = max(map(repetition, texts))
             if share > wanted.max_repetition:
                 detail = f"{share:.3g} of a text, dataset.clean.maxRepetition is {wanted.max_repetition:g}"
-                return Dropped("maxRepetition", "repeats itself", detail)
+                return "maxRepetition", Unwanted("repeats itself", detail)
         if self._languages:
             language = detect_language("\n".join(texts))
             log.languages[language] += 1
             if language not in (UNKNOWN, *self._languages):
-                return Dropped(
-                    "languages", "other language", f"{language}, which dataset.clean.languages does not list"
+                return "languages", Unwanted(
+                    "other language", f"{language}, which dataset.clean.languages does not list"
                 )
-        return None
+        return None, None
 
 
 def _text_steps(settings: CleanSpec) -> Iterable[tuple[str, TextStep]]:
@@ -252,12 +245,12 @@ def _language_code(code: str) -> str:
     return LANGUAGE_ALIASES.get(code, code)
 
 
-def _emptied(example: Example, step: str) -> Dropped | None:
+def _emptied(example: Example) -> Unwanted | None:
     """A drop if cleaning took away what there was to learn."""
     if not all(text.strip() for text in example_texts(example)):
-        return Dropped(step, "empty once cleaned", "")
+        return Unwanted("empty once cleaned")
     if isinstance(example, Preference) and example_texts(example.chosen) == example_texts(example.rejected):
-        return Dropped(step, "chosen and rejected are the same once cleaned", "")
+        return Unwanted("chosen and rejected are the same once cleaned")
     return None
 
 

@@ -166,6 +166,13 @@ class InvalidRowError(ValueError):
         self.detail = detail
 
 
+class Unwanted(NamedTuple):
+    """Why a sound example is left out; neither text quotes it."""
+
+    reason: str
+    detail: str = ""
+
+
 class Row:
     """A raw row by the names of fields instead of columns."""
 

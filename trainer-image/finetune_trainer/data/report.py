@@ -71,6 +71,7 @@ class Findings:
             ],
             rejections=dict(quarantine.counts.most_common()),
             cleaning=self.survey.cleaning.report(),
+            personal_data=self.survey.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             lengths=self.lengths.report(),
         )
@@ -79,6 +80,7 @@ class Findings:
         splits = self.manifest.splits if self.manifest else {}
         rows = {name: split.rows for name, split in splits.items()} or self.survey.rows
         train = splits.get(Split.TRAIN)
+        personal_data = self.survey.personal_data.report()
         return DataStatus(
             rows_read=self.survey.rows_read,
             rows_kept=sum(rows.values()),
@@ -91,6 +93,7 @@ class Findings:
             truncated_rows=train.truncated_rows if train else 0,
             max_length=self.max_length,
             labels=_status_labels(self.labels) if self.labels else None,
+            personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
 
