@@ -10,6 +10,7 @@ from pydantic import Field
 from finetune_api.base import Document
 from finetune_api.constants import Stage
 from finetune_api.spec import (
+    CleanSpec,
     Columns,
     DataFormat,
     Gate,
@@ -17,6 +18,7 @@ from finetune_api.spec import (
     MethodType,
     Metric,
     OutputFormat,
+    PersonalDataSpec,
     Precision,
     Quantization,
     Schedule,
@@ -60,11 +62,18 @@ class PlanSplit(Document):
     fraction: float | None = None
 
 
+class PlanPersonalData(Document):
+    settings: PersonalDataSpec
+    key_dir: str | None = Field(None, description="Folder with the entries of keySecretRef as files; prepare only.")
+
+
 class PlanDataset(Document):
     sources: list[PlanSource]
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    clean: CleanSpec | None = None
+    personal_data: PlanPersonalData | None = None
     max_rejected: float = 0
 
 

@@ -35,6 +35,34 @@ class LengthReport(Document):
     longest: int
 
 
+class CleaningSample(Document):
+    """Around the first change, or the beginning of a row that was dropped. Redacted: a letter is x, X, ø or Ø (beyond ASCII), a digit 0;
+    other characters beyond ASCII are shown as their code point.
+    """
+
+    before: str
+    after: str | None = Field(None, description="Unset: the row was dropped.")
+
+
+class CleaningStep(Document):
+    """What one setting of dataset.clean did, to all splits."""
+
+    rows_changed: int = 0
+    rows_dropped: int = 0
+    samples: list[CleaningSample] = Field(default_factory=list, description="The first few.")
+
+
+class CleaningReport(Document):
+    steps: dict[str, CleaningStep] = Field(description="By the name of the setting in dataset.clean.")
+    languages: dict[str, int] | None = Field(None, description="Rows by language, before the filter; 'unknown' could not be told. With dataset.clean.languages only.")
+
+
+class PersonalDataReport(Document):
+    action: str
+    rows: int = Field(description="Rows in which something was found.")
+    found: dict[str, int] = Field(description="Values by kind, or name of a pattern of dataset.personalData.")
+
+
 class DataReport(Document):
     """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
 
@@ -42,6 +70,8 @@ class DataReport(Document):
     model: ModelStatus | None = None
     sources: list[SourceReport]
     rejections: dict[str, int] = Field(description="Rejected rows by reason.")
+    cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
+    personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
     lengths: LengthReport | None = None
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import celpy
+import re2
 from celpy.celtypes import BoolType
 from kubernetes.utils.quantity import parse_quantity
 from pydantic import ValidationError
@@ -21,8 +22,21 @@ from finetune_api.v1alpha1 import FineTuneJob
 
 M = TypeVar("M", bound=Document)
 
+_QUIET = re2.Options()
+_QUIET.log_errors = False  # the rule's message tells
+
+
+def _matches(text: str, pattern: str) -> BoolType:
+    """celpy's own prints to stderr what it thinks of a pattern."""
+    try:
+        return BoolType(re2.search(pattern, text, options=_QUIET) is not None)
+    except re2.error as error:
+        raise ValueError("not a pattern") from error
+
+
 # What Kubernetes adds to CEL, as far as our rules use it (https://kubernetes.io/docs/reference/using-api/cel/).
 FUNCTIONS: dict[str, Any] = {
+    "matches": _matches,
     "quantity": parse_quantity,
     "isGreaterThan": lambda one, other: BoolType(one > other),
 }

@@ -22,6 +22,7 @@ from finetune_api.plan import (
     PlanLora,
     PlanModel,
     PlanOutput,
+    PlanPersonalData,
     PlanSource,
     PlanSplit,
     PlanTraining,
@@ -156,6 +157,8 @@ def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, Loc
     for part in used:
         if part.uri is not None:
             yield part.uri, part.secret_ref
+    if stage is Stage.PREPARE and spec.dataset.personal_data:
+        yield "", spec.dataset.personal_data.key_secret_ref  # nothing to mount but the key
 
 
 def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> Plan:
@@ -262,8 +265,18 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
         test=split(spec.dataset.test, "test"),
         labels=spec.dataset.labels,
+        clean=spec.dataset.clean,
+        personal_data=_personal_data(spec, stage, layout),
         max_rejected=spec.dataset.max_rejected,
     )
+
+
+def _personal_data(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanPersonalData | None:
+    settings = spec.dataset.personal_data
+    if settings is None:
+        return None
+    key = settings.key_secret_ref if stage is Stage.PREPARE else None
+    return PlanPersonalData(settings=settings, key_dir=layout.locate("", key).secret_dir)
 
 
 def _lora(spec: FineTuneJobSpec) -> PlanLora | None:

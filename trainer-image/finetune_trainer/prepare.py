@@ -193,8 +193,10 @@ def _kept_rows(this: Run, watch: Watch) -> Iterator[PlacedRow]:
 
 
 def _settings_hash(this: Run) -> "hashlib._Hash":
-    """A hash over what turns rows into tokens: the task, the labels, the longest row, the tokenizer's files."""
-    settings = [this.plan.task.value, this.findings.labels, this.findings.max_length]
+    """A hash over what turns rows into tokens: task, changes to texts, labels, longest row, the tokenizer's files."""
+    clean, personal_data = this.plan.dataset.clean, this.plan.dataset.personal_data
+    changes = [clean and clean.to_dict(), personal_data and personal_data.settings.to_dict()]
+    settings = [this.plan.task.value, changes, this.findings.labels, this.findings.max_length]
     digest = hashlib.sha256(json.dumps(settings).encode())
     paths = {path for pattern in TOKENIZER_FILES for path in this.workspace.model.glob(pattern) if path.is_file()}
     for path in sorted(paths):

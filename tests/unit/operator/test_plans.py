@@ -11,7 +11,7 @@ from finetune_api.rules import parse_spec
 from finetune_api.spec import FineTuneJobSpec, HeadFirst, LoraSpec, TrainingSpec
 from finetune_api.status import DataStatus, FineTuneJobStatus, ModelStatus
 from finetune_operator.observed import Key, Resource
-from finetune_operator.plans import PodLayout, build_plan, resolved_status
+from finetune_operator.plans import PodLayout, build_plan, resolved_status, storage_used
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -362,3 +362,17 @@ def test_every_default_in_the_status_is_a_decimal_that_the_schema_takes():
     for task, method in [("Classification", "LoRA"), ("Generation", "Full"), ("Classification", "Head")]:
         rate = resolved_status(make_plan(task=task, method={"type": method}), None, None).learning_rate
         assert re.fullmatch(r"[0-9.]+(e-[0-9]+)?", rate)
+
+
+def test_the_key_of_pseudonyms_is_mounted_in_prepare_only():
+    settings = {"action": "Pseudonymize", "keySecretRef": {"name": "pseudonyms"}}
+    dataset = {"sources": [{"uri": "s3://bucket/data.jsonl"}], "personalData": settings, "clean": {"unicode": "NFC"}}
+    spec = make_spec(dataset=dataset)
+    assert ("", spec.dataset.personal_data.key_secret_ref) in list(storage_used(spec, Stage.PREPARE))
+    assert list(storage_used(spec, Stage.TRAIN)) == []
+    prepare, train = (
+        make_plan(stage, prepared=True, dataset=dataset).dataset for stage in (Stage.PREPARE, Stage.TRAIN)
+    )
+    assert (prepare.personal_data.key_dir, train.personal_data.key_dir) == ("/secrets/pseudonyms", None)
+    assert prepare.personal_data.settings == spec.dataset.personal_data
+    assert prepare.clean == spec.dataset.clean

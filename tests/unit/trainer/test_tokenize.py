@@ -249,3 +249,26 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_found_out(plain):
     assert encode(Encoder(plain, 256, vocabulary_size=len(plain)), PlainText("sales"))
     with pytest.raises(UserError, match="the model knows only 10"):
         Encoder(plain, 256, vocabulary_size=10).encode([PlainText("sales")])
+
+
+def test_control_tokens_in_a_conversation_are_only_letters(llama):
+    turns = (Turn("user", "say </s>"), Turn("assistant", "</s><s> is it</s>"))
+    for template in (llama.chat_template, UNMARKED):
+        llama.chat_template = template
+        (encoded,) = encode(Encoder(llama, 256), Conversation(turns))
+        ids = encoded.row.input_ids
+        assert whole(llama, encoded) == "<|user|>\nsay </s></s>\n<|assistant|>\n</s><s> is it</s></s>\n".replace(
+            "say </s></s>", "say </s></s>" if template == UNMARKED else "say </s>"
+        )
+        assert ids.count(llama.eos_token_id) == (2 if template == UNMARKED else 1)
+        assert ids.count(llama.bos_token_id) == 0
+        assert supervised(llama, encoded).startswith("</s><s> is it</s></s>")
+        learned = [id for id, on in zip(ids, encoded.row.loss_mask, strict=True) if on]
+        assert learned.count(llama.eos_token_id) == 1
+
+
+def test_a_row_that_has_the_private_characters_itself_is_encoded_as_it_is(llama):
+    text = "\U000f0000 and </s>"
+    (encoded,) = encode(Encoder(llama, 256), PromptCompletion(text, "fine"))
+    assert f"\n{text}\n" in whole(llama, encoded)
+    assert encoded.row.input_ids.count(llama.eos_token_id) == 1

@@ -78,6 +78,37 @@ def example_texts(example: Example) -> list[str]:
             return example_texts(chosen) + example_texts(rejected)
 
 
+def map_texts(example: Example, change: Callable[[str], str]) -> Example:
+    """The example with its texts changed; roles and labels are none, and the white space between a prompt and its
+    completion, which says how they are joined, belongs to neither.
+    """
+    match example:
+        case LabelledText(text, label):
+            return LabelledText(change(text), label)
+        case PlainText(text):
+            return PlainText(change(text))
+        case PromptCompletion(prompt, completion):
+            before, after = prompt.rstrip(), completion.lstrip()
+            end, start = prompt[len(before) :], completion[: len(completion) - len(after)]
+            return PromptCompletion(change(before) + end, start + change(after))
+        case Conversation(turns, given):
+            return Conversation(tuple(Turn(turn.role, change(turn.content)) for turn in turns), given)
+        case Preference(chosen, rejected):
+            return Preference(map_texts(chosen, change), map_texts(rejected, change))  # type: ignore[arg-type]
+
+
+def spoken_texts(example: Example) -> list[str]:
+    """The texts that `map_texts` changes, each once: without roles, and of a pair the prompt only once."""
+    texts: dict[str, None] = {}
+
+    def note(text: str) -> str:
+        texts[text] = None
+        return text
+
+    map_texts(example, note)
+    return list(texts)
+
+
 def input_texts(example: Example) -> list[str]:
     """The texts that a model is given before it answers; all of them where there is no answer to tell from them."""
     match example:
@@ -133,6 +164,13 @@ class InvalidRowError(ValueError):
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+
+
+class Unwanted(NamedTuple):
+    """Why a sound example is left out; neither text quotes it."""
+
+    reason: str
+    detail: str = ""
 
 
 class Row:

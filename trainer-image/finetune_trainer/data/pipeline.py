@@ -1,19 +1,28 @@
-"""The sources as one stream of placed rows: read, convert, check, split.
+"""The sources as one stream of placed rows: read, convert, clean, protect, check, split.
 
 `place_rows` is a fresh pass with the same outcome every time it is called, so that one pass can find out what the
 next one needs to know (labels, counts) without holding the rows.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.plan import PlanDataset, PlanSource
 from finetune_api.spec import DataFormat
 
-from finetune_trainer.data.convert import Example, LabelledText, convert_rows, example_texts, recognise_format
+from finetune_trainer.data.clean import Cleaner, CleaningLog
+from finetune_trainer.data.convert import (
+    Example,
+    LabelledText,
+    Unwanted,
+    convert_rows,
+    example_texts,
+    recognise_format,
+)
 from finetune_trainer.data.labels import check_label_count
+from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection
 from finetune_trainer.data.split import Split, Splitter, content_key
@@ -60,6 +69,8 @@ class Survey:
     """What the first pass finds out. `labels`: split -> label -> rows."""
 
     def __init__(self) -> None:
+        self.cleaning = CleaningLog()
+        self.personal_data = PersonalDataLog()
         self.read: Counter[SourceFile] = Counter()
         self.rows: Counter[str] = Counter()
         self.labels: dict[str, Counter[str]] = {}
@@ -102,9 +113,12 @@ def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
             return dataset.sources
 
 
-def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterator[PlacedRow | RejectedRow]:
-    """Every row of all sources, in their order."""
+def place_rows(
+    sources: Sequence[OpenedSource], dataset: PlanDataset, survey: Survey | None = None
+) -> Iterator[PlacedRow | RejectedRow]:
+    """Every row of all sources, in their order. What was done to their texts is counted into `survey`."""
     splitter = Splitter(dataset)
+    change = _text_changes(dataset, survey or Survey())
     closed = set(dataset.labels or ())
     for opened in sources:
         for file in opened.files:
@@ -113,6 +127,11 @@ def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterato
                     yield RejectedRow(file, item)
                     continue
                 line, example = item
+                changed = change(example)
+                if isinstance(changed, Unwanted):
+                    yield RejectedRow(file, Rejection(line, changed.reason, changed.detail), False)
+                    continue
+                example = changed
                 if closed and isinstance(example, LabelledText) and example.label not in closed:
                     yield RejectedRow(file, Rejection(line, "label is unknown", "dataset.labels does not list it"))
                     continue
@@ -123,6 +142,22 @@ def place_rows(sources: Sequence[OpenedSource], dataset: PlanDataset) -> Iterato
                     yield PlacedRow(file, line, split, example)
 
 
+def _text_changes(dataset: PlanDataset, survey: Survey) -> Callable[[Example], Example | Unwanted]:
+    """Cleaning, then personal data, which it may have laid bare. Counts into `survey`, from zero."""
+    cleaner = Cleaner(dataset.clean) if dataset.clean else None
+    protector = Protector(dataset.personal_data) if dataset.personal_data else None
+    survey.cleaning = CleaningLog(cleaner.names if cleaner else ())
+    survey.personal_data = PersonalDataLog(dataset.personal_data.settings.action if dataset.personal_data else None)
+
+    def change(example: Example) -> Example | Unwanted:
+        cleaned = cleaner.clean(example, survey.cleaning) if cleaner else example
+        if protector is None or isinstance(cleaned, Unwanted):
+            return cleaned
+        return protector.protect(cleaned, survey.personal_data)
+
+    return change
+
+
 def survey_rows(
     sources: Sequence[OpenedSource], dataset: PlanDataset, quarantine: Quarantine, survey: Survey, watch: Watch
 ) -> None:
@@ -130,7 +165,7 @@ def survey_rows(
     sizes = {file: file.path.stat().st_size for opened in sources for file in opened.files}
     done = 0
     current: SourceFile | None = None
-    for number, row in enumerate(place_rows(sources, dataset)):
+    for number, row in enumerate(place_rows(sources, dataset, survey)):
         if row.file != current:
             done += sizes[current] if current else 0
             current = row.file

@@ -85,6 +85,8 @@ class Findings:
                 for file in opened.files
             ],
             rejections=dict(quarantine.counts.most_common()),
+            cleaning=self.survey.cleaning.report(),
+            personal_data=self.survey.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             lengths=self.lengths.report(),
         )
@@ -93,6 +95,7 @@ class Findings:
         splits = self.manifest.splits if self.manifest else {}
         rows = {name: split.rows for name, split in splits.items()} or self.survey.rows
         train = splits.get(Split.TRAIN)
+        personal_data = self.survey.personal_data.report()
         return DataStatus(
             rows_read=self.survey.rows_read,
             rows_kept=sum(rows.values()),
@@ -106,6 +109,7 @@ class Findings:
             max_length=self.max_length,
             lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
+            personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
 

@@ -1,12 +1,12 @@
 """Examples -> token ids and what is learned of them, in batches (the fast tokenizers use all cores for one).
 
-Text of the dataset never becomes control tokens where it is encoded by itself: "</s>" in a text is five letters.
-Inside a chat template it is what the template and the tokenizer make of it, as it will be when the model is used.
+Text of the dataset never becomes control tokens: "</s>" in a text is four characters. In a chat, only what the template
+itself adds becomes some.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,9 @@ from finetune_trainer.errors import UserError
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says (transformers, chat templates)."""
 
+STAND_INS = range(0xF0000, 0xFFFFE)
+"""Private characters, of which one that a row does not have stands for each control token that its text spells."""
+
 Span = tuple[int, int]
 
 
@@ -39,6 +42,14 @@ class Encoded(NamedTuple):
 
     row: TokenizedRow
     length: int
+
+
+class Rendered(NamedTuple):
+    """A conversation as text. In characters: where the assistant speaks, and where the turns spell a control token."""
+
+    text: str
+    answers: list[Span]
+    spelled: list[Span]
 
 
 class Encoder:
@@ -62,6 +73,8 @@ class Encoder:
         self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         self._marked = bool(self._template and GENERATION_MARK.search(self._template))
         self._prefix = special_prefix(tokenizer)
+        self._control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_token = _any_of(tokenizer.added_tokens_decoder[id].content for id in self._control_ids)
         joined = self._encode_turns if self._template else self._encode_joined
         self._encoders: dict[type, Callable[[Any], list[Encoded | InvalidRowError]]] = {
             LabelledText: self._encode_labelled,
@@ -133,7 +146,7 @@ class Encoder:
 
     def _encode_turns(self, examples: list[Conversation | PromptCompletion]) -> list[Encoded | InvalidRowError]:
         rendered = [self._render_answers(*_turns(example)) for example in examples]
-        texts = [item[0] for item in rendered if not isinstance(item, InvalidRowError)]
+        texts = [item.text for item in rendered if not isinstance(item, InvalidRowError)]
         if not self._tokenizer.is_fast:
             raise UserError(
                 Reason.MODEL_INVALID,
@@ -147,14 +160,45 @@ class Encoder:
                 results.append(item)  # type: ignore[arg-type]  # without a batch all are errors
                 continue
             offsets = np.array(batch.encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
-            mask = np.zeros(len(offsets), dtype=np.bool_)
-            for start, end in item[1]:
-                mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
-            results.append(self._row(batch["input_ids"][number], mask.tolist()))
+            mask = _within(offsets, item.answers).tolist()
+            ids = batch["input_ids"][number]
+            results.append(self._row(*self._spell_out(ids, mask, item, offsets) if item.spelled else (ids, mask)))
             number += 1
         return results
 
-    def _render_answers(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]] | InvalidRowError:
+    def _spell_out(
+        self, ids: list[int], mask: list[bool], rendered: Rendered, offsets: np.ndarray
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids and mask with letters for every control token that a turn's text became."""
+        letters: list[tuple[int, bool]] = []
+        for id, learned, (start, end), theirs in zip(
+            ids, mask, offsets.tolist(), _within(offsets, rendered.spelled).tolist(), strict=True
+        ):
+            spelled = [id]
+            if theirs and id in self._control_ids:
+                (spelled,) = self._ids([rendered.text[start:end]])
+            letters.extend((letter, learned) for letter in spelled)
+        return [id for id, _ in letters], [learned for _, learned in letters]
+
+    def _render_answers(self, turns: Sequence[Turn], given: int) -> Rendered | InvalidRowError:
+        """The conversation as text. Only answers after the `given` turns count."""
+        spelled = {token for turn in turns for token in self._control_token.findall(turn.content)}
+        if not spelled:
+            answers = self._find_answers(turns, given)
+            return answers if isinstance(answers, InvalidRowError) else Rendered(*answers, [])
+        used = {character for turn in turns for character in turn.content}
+        free = (character for character in map(chr, STAND_INS) if character not in used)
+        stand_ins = dict(zip(sorted(spelled), free, strict=False))
+        hidden = [
+            turn._replace(content=self._control_token.sub(lambda found: stand_ins[found[0]], turn.content))
+            for turn in turns
+        ]
+        answers = self._find_answers(hidden, given)
+        if isinstance(answers, InvalidRowError):
+            return answers
+        return _reveal(*answers, {character: token for token, character in stand_ins.items()})
+
+    def _find_answers(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]] | InvalidRowError:
         """The conversation as text and where in it, after the `given` turns, the assistant speaks, in characters."""
         try:
             if self._marked:
@@ -244,6 +288,32 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[start : start + len(plain)] == plain:
             return full[:start]
     return []
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the words, of two that begin alike the longer one; without words nothing."""
+    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _within(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Which tokens, by their offsets (tokens, 2), touch one of the spans."""
+    mask = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    return mask
+
+
+def _reveal(text: str, answers: Sequence[Span], stand_ins: dict[str, str]) -> Rendered:
+    """The text with what its stand-ins stand for, and every span where it is then."""
+    parts, spelled, place = [], [], [0]
+    for character in text:
+        part = stand_ins.get(character, character)
+        if part is not character:
+            spelled.append((place[-1], place[-1] + len(part)))
+        parts.append(part)
+        place.append(place[-1] + len(part))
+    return Rendered("".join(parts), [(place[start], place[end]) for start, end in answers], spelled)
 
 
 def _turns(example: Conversation | PromptCompletion) -> tuple[Sequence[Turn], int]:
