@@ -58,6 +58,8 @@ class Invalid(Valid):
     words: str = ""
     """Part of the API server's message, and of ours where `our_words` does not say otherwise."""
     our_words: str = ""
+    servers_field: str = ""
+    """Where the API server points, if not there: it knows no field of a rule that cannot be evaluated."""
     cluster_only: bool = False
 
 
@@ -405,12 +407,13 @@ RULES = [
     Invalid("same pattern twice", {"dataset.personalData": {"action": "Keep", "patterns": [{"name": "A", "pattern": "x"}] * 2}},
             field="spec.dataset.personalData.patterns", words="every pattern needs a name of its own"),
     Invalid("no pattern", {"dataset.personalData": {"action": "Keep", "patterns": [{"name": "A", "pattern": "("}]}},
-            field="spec.dataset.personalData.patterns[0].pattern", words="a regular expression in RE2 syntax"),
+            field="spec.dataset.personalData.patterns[0].pattern", words="xpression in RE2 syntax",
+            servers_field="spec.dataset.personalData.patterns[0]"),
     Invalid("no length fits", {"dataset.clean": {"minCharacters": 3, "maxCharacters": 2}},
             field="spec.dataset.clean.minCharacters", words="minCharacters is above maxCharacters"),
     *(
         Invalid(f"pattern {pattern}", {"dataset.clean.dropLines": ["^Menu", pattern]},
-                field="spec.dataset.clean.dropLines", words="a regular expression in RE2 syntax")
+                field="spec.dataset.clean.dropLines", words="xpression in RE2 syntax", servers_field="spec.dataset.clean")
         for pattern in ("(", "(?=x)", r"(a)\1", "x{1001}")
     ),
     Invalid("nothing left to train on", {"dataset.validation.fraction": 0.5, "dataset.test.fraction": 0.45},
