@@ -14,6 +14,15 @@ QUARANTINE = "quarantine.jsonl"
 EVALUATION_REPORT = "evaluation.json"
 
 
+class FileReport(Document):
+    """How a file was read: recognised by its content."""
+
+    kind: str = Field(description="JSONL, JSON, CSV, Text, Parquet, Arrow or ArrowStream.")
+    compression: str | None = Field(None, description="gzip, zstd or bz2.")
+    encoding: str | None = Field(None, description="Python's name of it. One that is not UTF-8 and has no byte order mark is an informed guess.")
+    delimiter: str | None = Field(None, description="Between the fields of a CSV file.")
+
+
 class SourceReport(Document):
     """What was found in one source."""
 
@@ -21,6 +30,7 @@ class SourceReport(Document):
     uri: str
     sha256: str = Field(description="Hash of the file's bytes.")
     format: str
+    file: FileReport
     rows_read: int
     rows_rejected: int
 
@@ -69,6 +79,7 @@ class DataReport(Document):
     summary: DataStatus
     model: ModelStatus | None = None
     sources: list[SourceReport]
+    ignored_files: list[str] = Field(default_factory=list, description="Hidden and foreign files of the sources' folders, the first hundred.")
     rejections: dict[str, int] = Field(description="Rejected rows by reason.")
     cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
     personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")

@@ -1,10 +1,13 @@
 """Locations -> files on this machine. What is mounted is read in place, everything else is downloaded."""
 
+import hashlib
+import posixpath
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
 from finetune_api.plan import PlanSource
@@ -15,8 +18,12 @@ from finetune_trainer.storage import display_uri, filesystem, scheme, storage_er
 from finetune_trainer.telemetry.watch import Watch
 
 COPY_BYTES = 8 << 20
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSION = ".gz"
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2")
+FOREIGN_NAMES = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes beside the data."""
+
+WILDCARDS = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,18 @@ class SourceFile:
         return f"{self.field}: {self.name} line {line}"
 
 
-def fetch_source(source: PlanSource, folder: Path, watch: Watch) -> list[SourceFile]:
-    """The files of a source: itself, or all data files of the folder that it names, in the order of their names.
+class FoundFiles(NamedTuple):
+    """The files of a source, in the order of their names, and the URIs of those beside them that are no data."""
 
-    Downloads go to `folder`. Raises UserError (DataNotFound) if there is none or it may not be read, StageError
-    for network trouble, Interrupted.
+    files: list[SourceFile]
+    ignored: list[str]
+
+
+def fetch_source(source: PlanSource, folder: Path, watch: Watch) -> FoundFiles:
+    """The files of a source: itself, all data files of the folder that it names, or all that its pattern fits.
+
+    Downloads go to `folder`. Raises UserError (DataNotFound) if there is none or it may not be read, or (DataInvalid)
+    if it is outside of what was mounted; StageError for network trouble, Interrupted.
     """
     location, uri = source.location, display_uri(source.location)
     if scheme(location) == "hf" and not location.uri.startswith("hf://datasets/"):
@@ -50,33 +64,87 @@ def fetch_source(source: PlanSource, folder: Path, watch: Watch) -> list[SourceF
         )
     with storage_errors(location, Reason.DATA_NOT_FOUND, source.field):
         files, path = filesystem(location)
-        names = _data_files(files, path) if not _is_http(location.uri) and files.isdir(path) else None
-        if names is not None and not names:
+        if any("**" in part and part != "**" for part in path.split("/")):
             raise UserError(
-                Reason.DATA_NOT_FOUND, f"{source.field}: the folder {uri} holds no {', '.join(DATA_SUFFIXES)} file"
+                Reason.DATA_NOT_FOUND,
+                f"{source.field}: {uri} is no pattern: ** stands for folders, alone between slashes",
             )
+        root, names, ignored = _find(files, path, listed=not _is_http(location.uri))
+        shown_root = uri.removesuffix(path.removeprefix(root).lstrip("/"))
+        for name in names + ignored:
+            if ".." in PurePosixPath(name).parts:
+                raise UserError(Reason.DATA_INVALID, f"{source.field}: a name leads out of its folder: {name}")
+        if not names:
+            suffixes = ", ".join(DATA_SUFFIXES)
+            what = f"the folder {uri} holds no {suffixes} file" if root == path else f"{uri} fits no file"
+            raise UserError(Reason.DATA_NOT_FOUND, f"{source.field}: {what}")
         found = []
-        for name in names if names is not None else [""]:
-            remote = f"{path.rstrip('/')}/{name}" if name else path
-            shown = f"{uri.rstrip('/')}/{name}" if name else uri
+        for name in names:
+            remote, shown = _join(root, name), _join(shown_root, name)
             local = Path(remote)
             if location.path is None:
-                local = folder / (name or PurePosixPath(shown).name)
+                # a server's names may be too long for a file, the same but for a slash, or a way out of the folder
+                local = folder / hashlib.sha256(remote.encode()).hexdigest()
                 download(files, remote, local, watch)
             elif not local.is_file():
                 raise FileNotFoundError(remote)
+            else:
+                _check_inside_mount(source, local)
             found.append(SourceFile(source.field, shown, local))
-    return found
+    return FoundFiles(found, [_join(shown_root, name) for name in ignored])
 
 
-def _data_files(files: Any, path: str) -> list[str]:
-    """Relative paths of the data files below `path`, sorted; hidden ones and those in hidden folders are none."""
-    return [
-        name
-        for name in list_files(files, path)
-        if PurePosixPath(name.removesuffix(COMPRESSION)).suffix.lower() in DATA_SUFFIXES
-        and not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
-    ]
+def _join(folder: str, name: str) -> str:
+    return f"{folder}{'' if folder.endswith('/') else '/'}{name}" if name else folder
+
+
+def _find(files: Any, path: str, listed: bool) -> tuple[str, list[str], list[str]]:
+    """(Root, relative paths of data files below it, those of other files), sorted; an empty path is the root itself.
+
+    A name that exists is no pattern, whatever characters it has. What fits a pattern is data, unless it is hidden."""
+    if listed and files.isdir(path):
+        names = list(list_files(files, path))
+        data = [name for name in names if _is_data(name)]
+        return path, data, sorted({*names} - {*data})
+    wildcard = WILDCARDS.search(path) if listed else None
+    if wildcard is None or files.isfile(path):
+        return path, [""], []
+    root = path[: wildcard.start()].rpartition("/")[0]
+    found = files.glob(path, detail=True).items()
+    # a link on this machine is of no type
+    fitting = {
+        name.removeprefix(root).lstrip("/")
+        for name, facts in found
+        if facts["type"] == "file" or (facts["type"] != "directory" and files.isfile(name))
+    }
+    hidden = {name for name in fitting if _is_hidden(name)}
+    return root, sorted(fitting - hidden), sorted(hidden)
+
+
+def _is_data(name: str) -> bool:
+    plain = name.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        plain = plain.removesuffix(suffix)
+    path = PurePosixPath(plain)
+    return path.suffix in DATA_SUFFIXES and path.name not in FOREIGN_NAMES and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
+
+
+def _check_inside_mount(source: PlanSource, file: Path) -> None:
+    """In a volume that others write to, a link may lead to what this pod alone can read."""
+    location = source.location
+    if location.path is None or scheme(location) == "file":
+        return
+    inner = posixpath.normpath(f"/{location.uri.partition('://')[2].partition('/')[2]}").lstrip("/")
+    mount = Path(location.path.rstrip("/").removesuffix(inner))
+    if not file.resolve().is_relative_to(mount.resolve()):
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"{source.field}: {display_uri(location)} holds a link that leads out of its volume: {file.name}",
+        )
 
 
 def list_files(files: Any, path: str, max_depth: int | None = None) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from finetune_trainer.data.convert import InvalidRowError, LabelledText, usable_
 from finetune_trainer.data.labels import resolve_labels
 from finetune_trainer.data.pipeline import PlacedRow, batch_rows, open_sources, place_rows, survey_rows
 from finetune_trainer.data.quarantine import Quarantine
-from finetune_trainer.data.read import Rejection
+from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
@@ -103,6 +103,7 @@ def read_data(this: Run, downloads: Path) -> None:
     sources = open_sources(dataset, usable_formats(this.plan), downloads, this.watch("Fetching data", 0, 0.1))
     watch = this.watch("Reading data", 0.1, 0.2)
     findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
+    findings.files = {file: recognise_file(file) for file in findings.hashes}
     findings.sources = sources
     survey_rows(sources, dataset, this.quarantine, findings.survey, watch)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))

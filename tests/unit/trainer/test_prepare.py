@@ -1,6 +1,7 @@
 """The stage as a whole: from files to what training maps, or to an error that says where to look."""
 
 import csv
+import gzip
 import hashlib
 import json
 import shutil
@@ -10,9 +11,9 @@ import pytest
 from finetune_api.constants import Reason, Stage
 from finetune_api.plan import Plan, PlanDpo
 from finetune_api.progress import Outcome
-from finetune_api.report import DataReport, Quarantined
+from finetune_api.report import DataReport, FileReport, Quarantined
 from finetune_api.spec import MethodType, Task
-from finetune_trainer.data import read
+from finetune_trainer.data.read import json_rows
 from finetune_trainer.data.store import open_split, read_manifest
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.fetch_model import MARKER
@@ -154,6 +155,46 @@ def test_the_report_tells_what_was_found(tmp_path, plan):
     assert prepared.data.lengths.p50 <= prepared.data.lengths.p95 <= prepared.data.lengths.p99 <= lengths.max()
     assert prepared.model.intermediate_size == 64
     assert prepared.model.trainable_parameters and prepared.model.activations
+
+
+def test_the_report_tells_how_files_were_read(tmp_path, plan):
+    folder = tmp_path / "data"
+    write_jsonl(folder / "b.jsonl", sentiment(40))
+    (folder / "a.csv.gz").write_bytes(gzip.compress("headline;label\nprofit äh;neutral\n".encode("utf-16")))
+    (folder / "c.jsonl").touch()
+    for name in ("README.md", ".b.jsonl.swp", "_SUCCESS", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    this = plan(folder)
+    assert prepare(this).data.rows_kept == 41
+    found = report(this)
+    assert [(s.uri, s.file, s.rows_read) for s in found.sources] == [
+        ("file://data/a.csv.gz", FileReport(kind="CSV", compression="gzip", encoding="utf-16", delimiter=";"), 1),
+        ("file://data/b.jsonl", FileReport(kind="JSONL", encoding="utf-8"), 40),
+        ("file://data/c.jsonl", FileReport(kind="JSONL", encoding="utf-8"), 0),
+    ]
+    assert found.ignored_files == [
+        f"file://data/{name}" for name in (".b.jsonl.swp", "README.md", "_SUCCESS", "dataset_info.json")
+    ]
+
+
+def test_an_empty_part_does_not_hide_the_format_of_the_others(tmp_path, plan):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part-0.jsonl").touch()
+    write_jsonl(tmp_path / "data" / "part-1.jsonl", sentiment(60))
+    assert prepare(plan(tmp_path / "data")).data.rows_kept == 60
+
+
+def test_the_three_commonest_reasons_are_named(tmp_path, plan):
+    bad = [
+        *["{oops"] * 4,
+        *[{"sentiment": "neutral"}] * 3,
+        *[{"headline": "", "sentiment": "neutral"}] * 2,
+        {"headline": "x"},
+        "7",
+    ]
+    with pytest.raises(UserError) as caught:
+        prepare(plan(write_jsonl(tmp_path / "a.jsonl", [*sentiment(60), *bad])))
+    assert "By reason: invalid JSON 5, text is missing 3, text is empty 2, 1 other reason." in caught.value.message
 
 
 def test_the_parameters_are_those_of_the_model(tmp_path, plan, models):
@@ -464,17 +505,17 @@ def test_a_stop_need_not_wait_for_the_end_of_rejected_rows(tmp_path, plan, monke
     rows = ["{oops"] * 5000 if activity == "Fetching data" else [*sentiment(100), *["{oops"] * 5000]
     this = plan(write_jsonl(tmp_path / "train.jsonl", rows), max_rejected=1.0)
     telemetry, decoded = Telemetry(this.stage, this.job), 0
-    original = read._json_row
+    original = json_rows.json_row
 
-    def count(number, line):
+    def count(*line):
         nonlocal decoded
         if telemetry.progress.activity == activity:
             decoded += 1
             if decoded == 150:
                 telemetry.stop_requested.set()
-        return original(number, line)
+        return original(*line)
 
-    monkeypatch.setattr(read, "_json_row", count)
+    monkeypatch.setattr(json_rows, "json_row", count)
     with pytest.raises(Interrupted):
         run(this, telemetry)
     assert 150 <= decoded < 160

@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from finetune_trainer.data.read import FileKind, RawRow, Rejection, file_kind, read_rows
+from finetune_trainer.data.read import FileKind, RawRow, Rejection, read_rows, recognise_file
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 from hypothesis import given
@@ -23,6 +23,10 @@ def write(tmp_path):
         return SourceFile("dataset.sources[0]", f"s3://bucket/{name}", path)
 
     return write
+
+
+def kind(file: SourceFile) -> FileKind:
+    return recognise_file(file).kind
 
 
 def lines(file: SourceFile) -> list[tuple[int, object]]:
@@ -48,7 +52,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
         (b"7", "invalid JSON"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": ' + b"9" * 5000 + b"}", "invalid JSON"),
-        (b"[" * 100_000, "invalid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_costs_only_itself(write, line, reason):
@@ -95,12 +99,10 @@ def test_bad_csv_rows_cost_only_themselves(write):
     ("name", "content", "words"),
     [
         ("a.csv", 'text,label\na,b\n"never closed,c\nd,e\n', "line 3 opens a quote"),
-        ("a.csv", "a,a\n1,2\n", "line 1 is no header"),
-        ("a.csv", "text,label\n".encode("utf-16"), "is UTF-16"),
-        ("a.json", '[\n{"a": 1}\n]', "is a JSON array"),
+        ("a.csv", "a,a\n1,2\n", "names a column twice"),
         ("a.parquet", b"PAR1 and nothing more", "cannot be read as Parquet"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "is damaged"),
-        ("unknown", b"\x00\x01\x02", "is neither JSONL, CSV nor Parquet"),
+        ("unknown", b"\x00\x01\x02", "is of no kind that can be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(write, name, content, words):
@@ -111,9 +113,19 @@ def test_a_file_that_cannot_be_read_is_named(write, name, content, words):
 
 
 def test_an_endless_line_is_told_of_and_not_kept_in_memory(write, monkeypatch):
-    monkeypatch.setattr("finetune_trainer.data.read.MAX_LINE_BYTES", 100)
-    with pytest.raises(UserError, match="line 2 is longer"):
-        list(read_rows(write("a.jsonl", '{"a": 1}\n{"a": "' + "x" * 1000 + '"}\n')))
+    monkeypatch.setattr("finetune_trainer.data.read.rows.MAX_ROW_CHARACTERS", 100)
+    long = '{"a": "' + "x" * 1000 + '"}'
+    assert lines(write("a.jsonl", f'{{"a": 1}}\n{long}\n{{"a": 3}}\n')) == [
+        (1, {"a": 1}),
+        (2, "row is too long"),
+        (3, {"a": 3}),
+    ]
+    for name, content, words in [
+        ("a.csv", f"a,b\n1,{long}\n", "line 2 is longer"),
+        ("a.json", f"[1, {long}]", "what begins in line 1 has no end"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            list(read_rows(write(name, content)))
 
 
 def test_parquet_rows_have_their_number(write, tmp_path):
@@ -154,11 +166,11 @@ def test_gzip_is_read_as_what_it_holds(write):
 def test_the_kind_is_told_by_name_and_else_by_content(write, tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "p")
     parquet = (tmp_path / "p").read_bytes()
-    assert file_kind(write("a.CSV", "a\n1\n")) is FileKind.CSV
-    assert file_kind(write("a.tsv", "a\tb\n")) is FileKind.CSV
-    assert file_kind(write("part-0", '  {"a": 1}')) is FileKind.JSONL
-    assert file_kind(write("part-0", "a,b\n1,2\n")) is FileKind.CSV
-    assert file_kind(write("part-0", parquet)) is FileKind.PARQUET
+    assert kind(write("a.CSV", "a\n1\n")) is FileKind.CSV
+    assert kind(write("a.tsv", "a\tb\n")) is FileKind.CSV
+    assert kind(write("part-0", '  {"a": 1}')) is FileKind.JSONL
+    assert kind(write("part-0", "a,b\n1,2\n")) is FileKind.CSV
+    assert kind(write("part-0", parquet)) is FileKind.PARQUET
 
 
 @given(

@@ -11,6 +11,7 @@ from finetune_api.report import (
     DataReport,
     Evaluation,
     EvaluationReport,
+    FileReport,
     LengthReport,
     SourceReport,
 )
@@ -75,6 +76,7 @@ def data_report(labels: list[str] | None = None) -> DataReport:
                 uri="s3://bucket/train.csv",
                 sha256="b" * 64,
                 format="LabelledText",
+                file=FileReport(kind="CSV", encoding="utf-8", delimiter=","),
                 rows_read=105,
                 rows_rejected=5,
             )

@@ -4,6 +4,7 @@ Formats (`DataFormat`) are what files look like; Alpaca rows, for example, becom
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from finetune_api.constants import Reason
 from finetune_api.plan import Plan, PlanSource
 from finetune_api.spec import DataFormat, Task
 
-from finetune_trainer.data.read import RawRow, Rejection, file_kind, is_unicode, read_rows
+from finetune_trainer.data.read import RawRow, Rejection, is_unicode, read_rows, recognise_file
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 
@@ -199,6 +200,8 @@ def checked_text(value: Any, name: str) -> str:
     """The value, if it is a text that says something; otherwise raises InvalidRowError, which calls it `name`."""
     if value is None:
         raise InvalidRowError(f"{name} is missing")
+    if isinstance(value, float) and math.isnan(value):  # what pandas writes for it
+        raise InvalidRowError(f"{name} is missing", "it is NaN")
     if not isinstance(value, str):
         raise InvalidRowError(f"{name} is not text", f"it is of type {type(value).__name__}")
     if not value.strip():
@@ -342,7 +345,7 @@ def recognise_format(
     fitting = [f for f in candidates if not _missing_fields(f, first, source)]
     if fitting:
         return fitting[0]
-    if len(candidates) == 1 and not file_kind(file).tabular:  # another row of a JSONL file may have them
+    if len(candidates) == 1 and not recognise_file(file).kind.tabular:  # another row of a JSONL file may have them
         return candidates[0]
     raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or usable, first))
 

@@ -24,7 +24,7 @@ from finetune_trainer.data.convert import (
 from finetune_trainer.data.labels import check_label_count
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
 from finetune_trainer.data.quarantine import Quarantine
-from finetune_trainer.data.read import Rejection
+from finetune_trainer.data.read import Rejection, first_with_rows
 from finetune_trainer.data.split import Split, Splitter, content_key
 from finetune_trainer.fetch import SourceFile, fetch_source
 from finetune_trainer.telemetry.watch import Watch
@@ -46,6 +46,8 @@ class OpenedSource:
     origin: Split
     files: Sequence[SourceFile]
     format: DataFormat
+    ignored: Sequence[str] = ()
+    """URIs of files beside them that are no data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,9 @@ def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Pat
     for split in Split:  # its order matters, see there
         for source in _sources(dataset, split):
             watch.check()
-            files = fetch_source(source, downloads / source.field, watch)
-            opened.append(OpenedSource(source, split, files, recognise_format(files[0], source, formats, watch.check)))
+            files, ignored = fetch_source(source, downloads / source.field, watch)
+            data_format = recognise_format(first_with_rows(files), source, formats, watch.check)
+            opened.append(OpenedSource(source, split, files, data_format, ignored))
     return opened
 
 

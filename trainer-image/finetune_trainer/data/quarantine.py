@@ -15,7 +15,7 @@ from finetune_trainer.fetch import SourceFile
 from finetune_trainer.workspace import sync_folder
 
 NAMED_REJECTIONS = 3
-"""How many rejections an error message names."""
+"""How many rejections, and how many reasons, an error message names."""
 
 
 class Quarantine:
@@ -54,7 +54,9 @@ class Quarantine:
         """Raises UserError (DataInvalid) if more than the share `max_rejected` of all rows is invalid."""
         if not self.invalid or self.invalid / rows_read <= max_rejected:
             return
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common(NAMED_REJECTIONS))
+        others = len(self.counts) - NAMED_REJECTIONS
+        counts += f", {others} other reason{'s' if others > 1 else ''}" if others > 0 else ""
         more = f" and {self.invalid - len(self._examples)} more" if self.invalid > len(self._examples) else ""
         raise UserError(
             Reason.DATA_INVALID,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from finetune_api.report import DataReport, LengthReport, SourceReport
+from finetune_api.report import DataReport, FileReport, LengthReport, SourceReport
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
 from finetune_trainer.data.pipeline import OpenedSource, Survey
 from finetune_trainer.data.quarantine import Quarantine
+from finetune_trainer.data.read import FileFacts
 from finetune_trainer.data.split import Split
 from finetune_trainer.data.store import DataManifest
 from finetune_trainer.fetch import SourceFile
@@ -20,6 +21,8 @@ from finetune_trainer.fetch import SourceFile
 MAX_LABELS = 32
 MAX_LABEL_BYTES = 1500
 """Labels share a termination message of 4096 bytes with everything else."""
+
+MAX_IGNORED_FILES = 100
 
 
 class Lengths:
@@ -60,6 +63,7 @@ class Findings:
     max_length: int
     sources: list[OpenedSource] = field(default_factory=list)
     hashes: dict[SourceFile, str] = field(default_factory=dict)
+    files: dict[SourceFile, FileFacts] = field(default_factory=dict)
     survey: Survey = field(default_factory=Survey)
     labels: list[str] | None = None
     model: ModelStatus | None = None
@@ -78,12 +82,14 @@ class Findings:
                     uri=file.uri,
                     sha256=self.hashes[file],
                     format=opened.format.value,
+                    file=_file_report(self.files[file]),
                     rows_read=self.survey.read[file],
                     rows_rejected=quarantine.by_file[file],
                 )
                 for opened in self.sources
                 for file in opened.files
             ],
+            ignored_files=[uri for opened in self.sources for uri in opened.ignored][:MAX_IGNORED_FILES],
             rejections=dict(quarantine.counts.most_common()),
             cleaning=self.survey.cleaning.report(),
             personal_data=self.survey.personal_data.report(),
@@ -112,6 +118,12 @@ class Findings:
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
+
+
+def _file_report(facts: FileFacts) -> FileReport:
+    return FileReport(
+        kind=facts.kind.value, compression=facts.compression, encoding=facts.encoding, delimiter=facts.delimiter
+    )
 
 
 def _status_labels(labels: list[str]) -> list[str]:
