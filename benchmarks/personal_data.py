@@ -18,8 +18,8 @@ from typing import NamedTuple
 import phonenumbers
 import stdnum.iban
 import stdnum.luhn
-from finetune_api.spec import PersonalDataKind as Kind
-from finetune_api.spec import PersonalDataSpec
+from finetune_api.dataset import PersonalDataKind as Kind
+from finetune_api.dataset import PersonalDataSpec
 from finetune_trainer.data.personal_data.find import Finder
 from finetune_trainer.data.personal_data.numbers import NATIONAL_IDS
 from finetune_trainer.data.personal_data.protect import detectors

@@ -9,16 +9,13 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
+from finetune_api.dataset import CleanSpec, Columns, DataFormat, PersonalDataSpec
 from finetune_api.spec import (
-    CleanSpec,
-    Columns,
-    DataFormat,
     Gate,
     LoraVariant,
     MethodType,
     Metric,
     OutputFormat,
-    PersonalDataSpec,
     Precision,
     Quantization,
     Schedule,

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from finetune_api.advice import Path, dotted, explain, explain_uri
 from finetune_api.base import Document, Rule
-from finetune_api.spec import URI_FORM, FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.uri import URI_FORM
 from finetune_api.v1alpha1 import FineTuneJob
 
 M = TypeVar("M", bound=Document)

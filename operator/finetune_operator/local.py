@@ -8,11 +8,12 @@ from typing import Self
 
 import aiohttp
 from finetune_api.constants import Stage
+from finetune_api.dataset import Source
 from finetune_api.kubernetes import LocalReference
 from finetune_api.plan import Location
 from finetune_api.progress import Progress
 from finetune_api.rules import Finding
-from finetune_api.spec import FineTuneJobSpec, Source
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 

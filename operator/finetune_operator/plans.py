@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from finetune_api.constants import Stage
+from finetune_api.dataset import Columns, Source, Split
 from finetune_api.kubernetes import LocalReference
 from finetune_api.plan import (
     JobReference,
@@ -30,7 +31,6 @@ from finetune_api.plan import (
 from finetune_api.progress import Progress, TrainResult
 from finetune_api.spec import (
     AdapterSource,
-    Columns,
     FineTuneJobSpec,
     LoraSpec,
     LoraVariant,
@@ -40,8 +40,6 @@ from finetune_api.spec import (
     OutputFormat,
     OutputSpec,
     Precision,
-    Source,
-    Split,
     Task,
 )
 from finetune_api.status import ResolvedStatus, decimal

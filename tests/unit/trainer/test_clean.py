@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from finetune_api.constants import Stage
+from finetune_api.dataset import CleanSpec
 from finetune_api.report import DataReport
-from finetune_api.spec import CleanSpec, Task
+from finetune_api.spec import Task
 from finetune_trainer.data import clean
 from finetune_trainer.data.clean import Cleaner, CleaningLog, detect_language, redact, repetition
 from finetune_trainer.data.convert import (

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanSource
-from finetune_api.spec import DataFormat
 from finetune_trainer.data.convert import (
     Conversation,
     LabelledText,

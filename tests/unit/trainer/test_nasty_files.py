@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from finetune_api.constants import Reason, Stage
+from finetune_api.dataset import DataFormat
 from finetune_api.plan import JobReference, PlanDataset
-from finetune_api.spec import DataFormat
 from finetune_trainer.data.convert import FIELDS, example_texts
 from finetune_trainer.data.pipeline import PlacedRow, Survey, open_sources, place_rows, survey_rows
 from finetune_trainer.data.quarantine import Quarantine

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from finetune_api.constants import Stage
+from finetune_api.dataset import PersonalDataKind, PersonalDataSpec
 from finetune_api.plan import PlanPersonalData
 from finetune_api.report import DataReport
-from finetune_api.spec import PersonalDataKind, PersonalDataSpec, Task
+from finetune_api.spec import Task
 from finetune_trainer.data.convert import (
     Conversation,
     LabelledText,

@@ -13,8 +13,8 @@ import ftfy
 import pycld2
 import re2
 from finetune_api.constants import Reason
+from finetune_api.dataset import CleanSpec
 from finetune_api.report import CleaningReport, CleaningSample, CleaningStep
-from finetune_api.spec import CleanSpec
 
 from finetune_trainer.data.convert import Example, Preference, Unwanted, example_texts, map_texts, spoken_texts
 from finetune_trainer.errors import UserError

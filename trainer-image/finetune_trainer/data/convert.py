@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
+from finetune_api.dataset import DataFormat
 from finetune_api.plan import Plan, PlanSource
-from finetune_api.spec import DataFormat, Task
+from finetune_api.spec import Task
 
 from finetune_trainer.data.read import RawRow, Rejection, is_unicode, read_rows, recognise_file
 from finetune_trainer.errors import UserError

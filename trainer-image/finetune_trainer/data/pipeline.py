@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
-from finetune_api.spec import DataFormat
 
 from finetune_trainer.data.clean import Cleaner, CleaningLog
 from finetune_trainer.data.convert import (

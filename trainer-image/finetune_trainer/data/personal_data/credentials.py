@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from finetune_api.spec import PersonalDataKind as Kind
+from finetune_api.dataset import PersonalDataKind as Kind
 
 from finetune_trainer.data.personal_data.find import Match
 

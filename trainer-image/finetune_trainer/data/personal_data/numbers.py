@@ -31,7 +31,7 @@ import stdnum.no.fodselsnummer
 import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
-from finetune_api.spec import PersonalDataKind as Kind
+from finetune_api.dataset import PersonalDataKind as Kind
 
 from finetune_trainer.data.personal_data.find import Detector, Match
 

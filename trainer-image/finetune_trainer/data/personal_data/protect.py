@@ -11,11 +11,11 @@ from pathlib import Path
 import phonenumbers
 import re2
 from finetune_api.constants import Reason
+from finetune_api.dataset import PersonalDataAction as Action
+from finetune_api.dataset import PersonalDataKind as Kind
+from finetune_api.dataset import PersonalDataSpec
 from finetune_api.plan import PlanPersonalData
 from finetune_api.report import PersonalDataReport
-from finetune_api.spec import PersonalDataAction as Action
-from finetune_api.spec import PersonalDataKind as Kind
-from finetune_api.spec import PersonalDataSpec
 
 from finetune_trainer.data.convert import Example, Unwanted, map_texts
 from finetune_trainer.data.personal_data import credentials, numbers

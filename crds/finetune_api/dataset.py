@@ -1,0 +1,177 @@
+"""`spec.dataset`: the data to learn from, and what is done to it before it is learned from."""
+
+from enum import StrEnum
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from finetune_api.base import Document, Rule
+from finetune_api.kubernetes import LocalReference
+from finetune_api.uri import URI_HELP, Uri, uri_rules
+
+Text = TypeVar("Text", bound=str)
+Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class DataFormat(StrEnum):
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    ALPACA = "Alpaca"
+    TEXT = "Text"
+    PREFERENCE = "Preference"
+    LABELLED_TEXT = "LabelledText"
+
+
+def _once(values: list[Text]) -> list[Text]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise PydanticCustomError("duplicate", "'{value}' may be given only once", {"value": value})
+    return values
+
+
+class Columns(Document):
+    """Names of the columns where they differ from the usual ones."""
+
+    text: Column | None = Field(None, description="Column with the text (Text, LabelledText). Usual names: text, sentence, headline, content.")
+    label: Column | None = Field(None, description="Column with the label (LabelledText). Usual names: label, labels, category, sentiment, class.")
+    prompt: Column | None = Field(None, description="Column with the prompt (PromptCompletion, Preference). Usual name: prompt.")
+    completion: Column | None = Field(None, description="Column with the completion (PromptCompletion). Usual names: completion, response.")
+    messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages). Usual names: messages, conversations.")
+    instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
+    input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
+    output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")
+    chosen: Column | None = Field(None, description="Column with the better answer (Preference): a text, a list of {role, content}, or a conversation that begins like the rejected one. Usual name: chosen.")
+    rejected: Column | None = Field(None, description="Column with the worse answer (Preference). Usual name: rejected.")
+
+
+class Source(Document):
+    rules: ClassVar = uri_rules()
+    uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd or bz2. {URI_HELP}.")
+    format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row.")
+    columns: Columns | None = Field(None, description="Column names, where they differ from the usual ones.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
+Sources = Annotated[list[Source], Field(min_length=1, max_length=32)]
+
+
+class Split(Document):
+    """A part of the data that is not trained on: files of its own, or a fraction of the sources."""
+
+    rules: ClassVar = (Rule("has(self.sources) != has(self.fraction)", "give either sources or fraction, not both and not neither"),)
+    sources: Sources | None = Field(None, description="Files of this split.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows of dataset.sources, drawn by row hash, so that a row keeps its split when data is added.")
+
+
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+RE2_HELP = "a regular expression in RE2 syntax (https://github.com/google/re2/wiki/Syntax), which has no look-around and no back-references"
+# The condition is there to fail: with it, a pattern that cannot be compiled breaks the rule.
+_COMPILES = "(''.matches({0}) ? true : true)"
+
+
+class UnicodeForm(StrEnum):
+    NFC = "NFC"
+    NFKC = "NFKC"
+
+
+class CleanSpec(Document):
+    """Steps in the order in which they are done; each is off unless it is asked for. A label is never changed."""
+
+    rules: ClassVar = (
+        Rule("!has(self.minCharacters) || !has(self.maxCharacters) || self.minCharacters <= self.maxCharacters",
+             "minCharacters is above maxCharacters: no row would be left", "minCharacters"),
+        Rule(f"!has(self.dropLines) || self.dropLines.all(p, {_COMPILES.format('p')})", f"expected {RE2_HELP}", "dropLines"),
+    )
+    repair_encoding: bool = Field(False, description="Repair text that was decoded by the wrong encoding (mojibake): 'schÃ¶n' becomes 'schön'.")
+    unicode: UnicodeForm | None = Field(
+        None, description="Unicode normalization form. NFC: one code for each character, the same look. NFKC: also replaces ligatures, full-width letters and superscripts by plain ones, "
+        "which changes formulas."
+    )
+    remove_control_characters: bool = Field(
+        False, description="Remove control characters but tab and line break, terminal escapes, invisible characters (zero-width space, soft hyphen, byte order mark, tags) "
+        "and marks of the writing direction. Joiners, which emoji and some scripts need, stay."
+    )
+    normalize_whitespace: bool = Field(
+        False, description="Line breaks become \\n, any unusual space an ordinary one, several in a line one, three empty lines and more two; spaces at the ends of lines and of the text go. "
+        "Indentation stays, and so does what stands between a prompt and its completion."
+    )
+    drop_lines: Annotated[list[Pattern], Field(min_length=1, max_length=64)] | None = Field(
+        None, description=f"Drop the lines in which one of these is found, such as menus and footers. Each is {RE2_HELP}."
+    )
+    min_characters: int | None = Field(None, ge=1, le=16_777_216, description="Drop rows whose texts together have less characters.")
+    max_characters: int | None = Field(None, ge=1, le=16_777_216, description="Drop rows whose texts together have more characters.")
+    max_repetition: float | None = Field(
+        None, ge=0, lt=1, description="Drop rows with a text that repeats itself: the larger of its share of characters in lines that stand in it before, and of words in sequences of five that do. "
+        "Rae et al. (https://arxiv.org/abs/2112.11446, table A1) drop documents above 0.2 and 0.15."
+    )
+    languages: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-Hant|-ME)?$", max_length=8)]], Field(min_length=1, max_length=64), AfterValidator(_once)] | None = Field(
+        None, description="Keep rows in these languages (ISO 639-1 codes such as en and de; zh-Hant for traditional Chinese). Rows too short or too mixed to tell are kept.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+
+class PersonalDataAction(StrEnum):
+    REDACT = "Redact"
+    PSEUDONYMIZE = "Pseudonymize"
+    REJECT = "Reject"
+    KEEP = "Keep"
+
+
+class PersonalDataKind(StrEnum):
+    EMAIL = "Email"
+    PHONE = "Phone"
+    IBAN = "IBAN"
+    CREDIT_CARD = "CreditCard"
+    NATIONAL_ID = "NationalId"
+    IP_ADDRESS = "IPAddress"
+    URL_CREDENTIALS = "UrlCredentials"
+    SECRET = "Secret"
+
+
+class PersonalDataPattern(Document):
+    rules: ClassVar = (Rule(_COMPILES.format("self.pattern"), f"expected {RE2_HELP}", "pattern"),)
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$", max_length=32)] = Field(
+        description="What it is called in the placeholder and in the counts, for example EMPLOYEE_NUMBER."
+    )
+    pattern: Pattern = Field(description=f"{RE2_HELP[0].upper()}{RE2_HELP[1:]}. All that it matches counts as found; there is no check beyond it.")
+
+
+class PersonalDataSpec(Document):
+    rules: ClassVar = (
+        Rule("(self.action == 'Pseudonymize') == has(self.keySecretRef)", "keySecretRef is needed by action Pseudonymize, and by no other", "keySecretRef"),
+        Rule("!has(self.patterns) || self.patterns.all(p, self.patterns.exists_one(q, q.name == p.name))", "every pattern needs a name of its own", "patterns"),
+    )
+    action: PersonalDataAction = Field(
+        description="What is done with what is found. Redact: a placeholder such as [EMAIL] takes its place. Pseudonymize: one that is the same for the same value, such as [EMAIL_5f0e8d3c21b7a964] "
+        "(HMAC-SHA256 with the key of keySecretRef). Reject: the row is left out. Keep: it is only counted."
+    )
+    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=8), AfterValidator(_once)] | None = Field(
+        None, description="What is looked for. Left out: all. Numbers count only if their check digits are right.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    )
+    countries: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$", max_length=2)]], Field(min_length=1, max_length=32), AfterValidator(_once)] | None = Field(
+        None, description="Countries (ISO 3166, such as DE) whose phone numbers are also found without +, and whose national ids are looked for. Left out: phone numbers with + only, and "
+        "ids of AT, AU, BE, BR, CA, CH, DE, DK, ES, FI, FR, GB, IE, IT, NL, NO, PL, SE and US.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    patterns: Annotated[list[PersonalDataPattern], Field(min_length=1, max_length=16)] | None = Field(None, description="What else to look for, whatever kinds says.")
+    key_secret_ref: LocalReference | None = Field(None, description="Secret whose entry 'key', at least 16 bytes, makes the pseudonyms. Who has it can tell whether a pseudonym is that of a known value.")
+
+
+class DatasetSpec(Document):
+    rules: ClassVar = (
+        Rule("(has(self.validation) ? (has(self.validation.fraction) ? self.validation.fraction : 0.0) : 0.1) "
+             "+ (has(self.test) && has(self.test.fraction) ? self.test.fraction : 0.0) <= 0.9",
+             "validation (a tenth if left out) and test leave less than a tenth of the rows for training; lower their fractions"),
+    )
+    sources: Sources = Field(description="Training data. All sources together must fit the task.")
+    validation: Split | None = Field(None, description="Rows to choose the best checkpoint by. Left out: a tenth of the sources.")
+    test: Split | None = Field(None, description="Held-out rows for the final scores and the gate. Left out: the scores are those on validation.")
+    labels: Annotated[list[Label], Field(min_length=2, max_length=512), AfterValidator(_once)] | None = Field(
+        None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    clean: CleanSpec | None = Field(None, description="What is repaired in the texts of all splits, and which rows are left out. Left out: nothing is changed.")
+    personal_data: PersonalDataSpec | None = Field(None, description="E-mail addresses, phone numbers, secrets and the like in the texts of all splits; labels are not looked at. Left out: not looked for.")
+    max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")
