@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from finetune_api.constants import Stage
 from finetune_trainer.__main__ import main as trainer
@@ -57,7 +58,8 @@ def take_time(figures: Path) -> None:
         figures.write_text(json.dumps({"cpu_seconds": spent}), encoding="utf-8")
         return state
 
-    Loop.run, Evaluator.__call__ = timed_train, timed_evaluate  # type: ignore[method-assign]
+    patch.object(Loop, "run", timed_train).start()
+    patch.object(Evaluator, "__call__", timed_evaluate).start()
 
 
 def profile(figures: Path) -> None:
@@ -76,7 +78,7 @@ def profile(figures: Path) -> None:
         figures.write_text(json.dumps(summarise(profiler.key_averages(), seconds)), encoding="utf-8")
         return state
 
-    Loop.run = profiled  # type: ignore[method-assign]
+    patch.object(Loop, "run", profiled).start()
 
 
 def summarise(averages: Any, seconds: float) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-# ruff: noqa: E501, SIM905
 """Precision, recall and speed of dataset.personalData on labelled texts: `python benchmarks/personal_data.py`.
 
-The texts are made from a seed: values of every kind, with right check digits, in sentences between hard negatives. A value
-counts as found if kind and both ends are right.
+The texts are made from a seed: values of every kind, with right check digits, in sentences between hard negatives. A
+value counts as found if kind and both ends are right.
 """
 
 import argparse
@@ -12,6 +11,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -77,8 +77,8 @@ def score(texts: list[Labelled], finder: Finder) -> dict[str, Score]:
 
 # ---- texts from a seed
 
-FIRST = "anna jan maria li omar søren lucía john fatima piotr giulia marc".split()
-LAST = "schmidt kowalski rossi dupont garcía smith o'brien de-vries novak müller jones".split()
+FIRST = ["anna", "jan", "maria", "li", "omar", "søren", "lucía", "john", "fatima", "piotr", "giulia", "marc"]
+LAST = ["schmidt", "kowalski", "rossi", "dupont", "garcía", "smith", "o'brien", "de-vries", "novak", "müller", "jones"]
 HOSTS = [
     "mail.example.com",
     "firma-beispiel.de",
@@ -139,9 +139,15 @@ def card(pick: random.Random) -> str:
 
 
 ID_SHAPES = {
-    "US": "ddd-dd-dddd", "DE": "dd ddd ddd ddd", "ES": "ddddddddL", "IT": "LLLLLLddLddLdddL", "FR": "1 dd 0d dd ddd ddd dd", "GB": "LL dd dd dd A",
-    "NL": "ddddddddd", "PL": "ddddddddddd",
-}  # fmt: skip
+    "US": "ddd-dd-dddd",
+    "DE": "dd ddd ddd ddd",
+    "ES": "ddddddddL",
+    "IT": "LLLLLLddLddLdddL",
+    "FR": "1 dd 0d dd ddd ddd dd",
+    "GB": "LL dd dd dd A",
+    "NL": "ddddddddd",
+    "PL": "ddddddddddd",
+}
 ID_NAMES = {"NL": "BSN ", "PL": "PESEL "}
 
 
@@ -168,12 +174,19 @@ def ip(pick: random.Random) -> str:
 
 
 def secret(pick: random.Random) -> tuple[str, str]:
-    return pick.choice([
-        ("", "AKIA" + some(pick, string.ascii_uppercase + "234567", 16)), ("", "ghp_" + some(pick, WORD, 36)),
-        ("", "glpat-" + some(pick, WORD, 20)), ("", "AIza" + some(pick, WORD, 35)), ("", "sk_live_" + some(pick, WORD, 24)),
-        ("", f"xoxb-{some(pick, string.digits, 12)}-{some(pick, WORD, 24)}"), ("password: ", some(pick, WORD, 10) + "7x"),
-        ("API_KEY=", some(pick, HEX, 30) + "a1"), ("Passwort: ", some(pick, WORD, 8) + "!4q"),
-    ])  # fmt: skip
+    return pick.choice(
+        [
+            ("", "AKIA" + some(pick, string.ascii_uppercase + "234567", 16)),
+            ("", "ghp_" + some(pick, WORD, 36)),
+            ("", "glpat-" + some(pick, WORD, 20)),
+            ("", "AIza" + some(pick, WORD, 35)),
+            ("", "sk_live_" + some(pick, WORD, 24)),
+            ("", f"xoxb-{some(pick, string.digits, 12)}-{some(pick, WORD, 24)}"),
+            ("password: ", some(pick, WORD, 10) + "7x"),
+            ("API_KEY=", some(pick, HEX, 30) + "a1"),
+            ("Passwort: ", some(pick, WORD, 8) + "!4q"),
+        ]
+    )
 
 
 def value(pick: random.Random, kind: Kind) -> str:
@@ -202,20 +215,49 @@ def value(pick: random.Random, kind: Kind) -> str:
 
 def negative(pick: random.Random) -> str:
     """What looks like personal data and is none."""
-    digits = lambda count: some(pick, string.digits, count)  # noqa: E731
-    return pick.choice([
-        f"order {digits(9)}", f"order number {digits(3)}-{digits(7)}-{digits(7)}", f"Rechnung {digits(10)}", f"version {digits(1)}.{digits(2)}.{digits(1)}.{digits(1)}",
-        f"ISBN 978-{digits(1)}-{digits(2)}-{digits(6)}-{digits(1)}", f"20{digits(2)}-1{pick.randrange(3)}-0{pick.randrange(1, 10)}", f"1{pick.randrange(10)}:0{digits(1)}:{pick.randrange(10, 60)}",
-        some(pick, HEX, 40), "-".join(some(pick, HEX, n) for n in (8, 4, 4, 4, 12)), f"€{pick.randrange(1, 999)},{digits(3)}.{digits(2)}", f"{digits(3)}.{digits(6)}",
-        f"pages {digits(3)}-{digits(3)}", f"tracking 1Z{some(pick, string.ascii_uppercase + string.digits, 16)}", f"EAN 40{digits(11)}", f"#{digits(8)}", f"@{pick.choice(FIRST)}",
-        f"serial SN{digits(10)}", f"git@host.example:team/{pick.choice(LAST)}", f"img{digits(2)}@2x.png", "password: ${PASSWORD}", "the token is expired", "std::map::iterator",
-    ])  # fmt: skip
+    digits = partial(some, pick, string.digits)
+    return pick.choice(
+        [
+            f"order {digits(9)}",
+            f"order number {digits(3)}-{digits(7)}-{digits(7)}",
+            f"Rechnung {digits(10)}",
+            f"version {digits(1)}.{digits(2)}.{digits(1)}.{digits(1)}",
+            f"ISBN 978-{digits(1)}-{digits(2)}-{digits(6)}-{digits(1)}",
+            f"20{digits(2)}-1{pick.randrange(3)}-0{pick.randrange(1, 10)}",
+            f"1{pick.randrange(10)}:0{digits(1)}:{pick.randrange(10, 60)}",
+            some(pick, HEX, 40),
+            "-".join(some(pick, HEX, n) for n in (8, 4, 4, 4, 12)),
+            f"€{pick.randrange(1, 999)},{digits(3)}.{digits(2)}",
+            f"{digits(3)}.{digits(6)}",
+            f"pages {digits(3)}-{digits(3)}",
+            f"tracking 1Z{some(pick, string.ascii_uppercase + string.digits, 16)}",
+            f"EAN 40{digits(11)}",
+            f"#{digits(8)}",
+            f"@{pick.choice(FIRST)}",
+            f"serial SN{digits(10)}",
+            f"git@host.example:team/{pick.choice(LAST)}",
+            f"img{digits(2)}@2x.png",
+            "password: ${PASSWORD}",
+            "the token is expired",
+            "std::map::iterator",
+        ]
+    )
 
 
 SENTENCES = [
-    "Please note {}.", "Bitte beachten Sie {} bis Montag.", "Voir {}, merci.", "Ver {} antes del viernes.", "Zie ook {} hieronder.", "({})", "- {}", '"{}"', "{}", "Vedi {}; grazie.",
-    "The report mentions {} and nothing else.", "Proszę zobaczyć {}.",
-]  # fmt: skip
+    "Please note {}.",
+    "Bitte beachten Sie {} bis Montag.",
+    "Voir {}, merci.",
+    "Ver {} antes del viernes.",
+    "Zie ook {} hieronder.",
+    "({})",
+    "- {}",
+    '"{}"',
+    "{}",
+    "Vedi {}; grazie.",
+    "The report mentions {} and nothing else.",
+    "Proszę zobaczyć {}.",
+]
 FILLER = "The committee met again and agreed that the figures for the quarter were better than most had expected. "
 
 

@@ -8,6 +8,8 @@ from finetune_api.progress import Outcome, PrepareResult, Progress, PublishResul
 from finetune_api.status import ArtifactStatus, DataStatus, FineTuneJobStatus, GateResult, ModelStatus, Score
 from finetune_operator.cluster import Event
 from finetune_operator.controller import reconcile
+from finetune_operator.decision import Context
+from finetune_operator.layout import PodLayout
 from finetune_operator.observed import (
     INDEX_ANNOTATION,
     INDEX_FAILURES_ANNOTATION,
@@ -21,8 +23,6 @@ from finetune_operator.observed import (
     stage_of,
     terminated,
 )
-from finetune_operator.plans import PodLayout
-from finetune_operator.reconcile import Context
 from finetune_operator.settings import Settings
 
 KEY = Key("team-a", "demo")

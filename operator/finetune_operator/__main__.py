@@ -18,16 +18,16 @@ from kubernetes.aio.config import ConfigException
 
 from finetune_operator import controller
 from finetune_operator.api import ApiError, ApiServer, load_configuration
+from finetune_operator.decision import Context
 from finetune_operator.handlers import Watcher
 from finetune_operator.informer import Informer
 from finetune_operator.kube import KubeCluster
+from finetune_operator.layout import PodLayout
 from finetune_operator.leader import LeaderElection, LeadershipLostError
 from finetune_operator.logs import start_logging
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import Key
-from finetune_operator.plans import PodLayout
 from finetune_operator.progress import ProgressPoller
-from finetune_operator.reconcile import Context
 from finetune_operator.server import Server
 from finetune_operator.settings import Settings
 from finetune_operator.store import Store

@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from finetune_operator.controller import reconcile
+from finetune_operator.decision import Context
 from finetune_operator.display import Display, current_stage, make_display, print_document, print_evidence
 from finetune_operator.local import LocalCluster, LocalLayout
 from finetune_operator.manifest_file import ManifestFileError, point_out, read_job
 from finetune_operator.observed import Resource
-from finetune_operator.reconcile import Context
 from finetune_operator.run_folder import RunError, RunFolder, admit, is_users_error
 from finetune_operator.settings import Settings
 

@@ -5,8 +5,9 @@ import logging
 from finetune_api.constants import Reason
 
 from finetune_operator.cluster import Cluster, ForbiddenError, NameClashError, RejectedError
+from finetune_operator.decision import Context, Decision
 from finetune_operator.observed import Key, Observed, Resource
-from finetune_operator.reconcile import Context, Decision, decide, give_up, hold_back
+from finetune_operator.reconcile import decide, give_up, hold_back
 
 logger = logging.getLogger(__name__)
 

@@ -149,6 +149,16 @@ def terminated(pod: Mapping[str, Any]) -> Manifest | None:
     return state.get("terminated")
 
 
+def is_suspended(job: Mapping[str, Any]) -> bool:
+    """Whether a Job has been told to run no pods."""
+    return bool(job["spec"].get("suspend"))
+
+
+def has_ended(job: Mapping[str, Any]) -> bool:
+    """Whether a Job is complete or has failed for good."""
+    return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
+
+
 def is_running(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") == "Running" and terminated(pod) is None
 

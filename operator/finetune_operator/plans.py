@@ -3,13 +3,8 @@
 Where files lie is a `Layout`'s to say: `PodLayout` in a cluster; `finetune run` has its own.
 """
 
-import posixpath
-from collections.abc import Iterator
-from typing import Protocol
-
 from finetune_api.constants import Stage
 from finetune_api.dataset import Columns, Source, Split
-from finetune_api.kubernetes import LocalReference
 from finetune_api.plan import (
     JobReference,
     Location,
@@ -28,7 +23,6 @@ from finetune_api.plan import (
     PlanSplit,
     PlanTraining,
 )
-from finetune_api.progress import Progress, TrainResult
 from finetune_api.spec import (
     AdapterSource,
     FineTuneJobSpec,
@@ -42,9 +36,9 @@ from finetune_api.spec import (
     Precision,
     Task,
 )
-from finetune_api.status import ResolvedStatus, decimal
 
 from finetune_operator import sizing
+from finetune_operator.layout import Layout
 from finetune_operator.observed import Resource
 
 EPOCHS = 3.0
@@ -80,83 +74,6 @@ DPO_LEARNING_RATE = {
     MethodType.LORA: 5e-6,
 }
 HEAD_LEARNING_RATE = LEARNING_RATE[MethodType.HEAD, Task.CLASSIFICATION]
-
-
-class Layout(Protocol):
-    """Where the trainer finds things."""
-
-    def workspace(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        """Folder of the job's own, as the trainer sees it."""
-
-    def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        """The workspace's artifacts folder, as status names it."""
-
-    def locate(self, uri: str, secret: LocalReference | None) -> Location:
-        """A source or a target, with its mount and the folder of its Secret's keys."""
-
-    def plan_path(self, resource: Resource, stage: Stage) -> str:
-        """The stage's plan.json."""
-
-
-class PodLayout:
-    """In a pod: `render.storage` mounts what this names."""
-
-    WORKSPACE = "/workspace"
-    PLAN = "/plan"
-
-    def workspace(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        folder = self.workspace_folder(resource, spec)
-        return f"{self.WORKSPACE}/{folder}" if folder else self.WORKSPACE
-
-    def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        folder = self.workspace_folder(resource, spec)
-        return f"pvc://{self.workspace_claim(resource, spec)}/" + (f"{folder}/artifacts" if folder else "artifacts")
-
-    def locate(self, uri: str, secret: LocalReference | None) -> Location:
-        scheme, name, inner = split_uri(uri)
-        path = None
-        if scheme in ("pvc", "configmap"):
-            # taken as absolute, `..` ends at the mount
-            path = self.mount_path(scheme, name) + posixpath.normpath("/" + inner.lstrip("/"))
-        return Location(uri=uri, path=path, secret_dir=secret and self.mount_path("secret", secret.name))
-
-    def plan_path(self, resource: Resource, stage: Stage) -> str:
-        return f"{self.PLAN}/plan.json"
-
-    def workspace_claim(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        """Name of the workspace's PersistentVolumeClaim."""
-        return spec.workspace.claim_name or f"{resource.key.name}-workspace"
-
-    def workspace_folder(self, resource: Resource, spec: FineTuneJobSpec) -> str | None:
-        """The job's folder in a claim that is not its own; None: the whole volume is the job's."""
-        return f"{resource.key.name}-{resource.uid[:8]}" if spec.workspace.claim_name else None
-
-    def mount_path(self, scheme: str, name: str) -> str:
-        """Where a claim (pvc), a ConfigMap (configmap) or a Secret (secret) is mounted."""
-        return f"/sources/{scheme}/{name}" if scheme != "secret" else f"/secrets/{name}"
-
-
-def split_uri(uri: str) -> tuple[str, str, str]:
-    """Scheme, the name after it (claim, bucket, host), and the rest."""
-    scheme, _, rest = uri.partition("://")
-    name, _, inner = rest.partition("/")
-    return scheme, name, inner
-
-
-def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, LocalReference | None]]:
-    """URI and Secret of all that a stage reads or writes beside the workspace: for training that is nothing."""
-    used: list[ModelSpec | AdapterSource | Source | OutputSpec] = []
-    if stage is Stage.PREPARE:
-        splits = (spec.dataset.validation, spec.dataset.test)
-        held_out = (source for split in splits if split for source in split.sources or ())
-        used = [spec.model, *filter(None, [spec.model.adapter]), *spec.dataset.sources, *held_out]
-    elif stage is Stage.PUBLISH:
-        used = [spec.output]
-    for part in used:
-        if part.uri is not None:
-            yield part.uri, part.secret_ref
-    if stage is Stage.PREPARE and spec.dataset.personal_data:
-        yield "", spec.dataset.personal_data.key_secret_ref  # nothing to mount but the key
 
 
 def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> Plan:
@@ -204,35 +121,6 @@ def plan_memory(plan: Plan, resource: Resource, spec: FineTuneJobSpec) -> sizing
 def has_peers(plan: Plan) -> bool:
     """Whether the stage is training on several nodes, whose pods must find each other."""
     return plan.stage is Stage.TRAIN and plan.device.nodes > 1
-
-
-def resolved_status(plan: Plan, progress: Progress | None, train: TrainResult | None) -> ResolvedStatus:
-    """The settings in force; what only the device decides comes from the running or the finished training."""
-    training, found = plan.training, train or progress
-    precision = (found and found.precision) or training.precision
-    batch = f"{training.batch_sequences} sequences" if training.batch_sequences else f"{training.batch_tokens} tokens"
-    return ResolvedStatus(
-        method=_method(plan),
-        head_first=_describe_head_first(plan.head_first) if plan.head_first else None,
-        epochs=decimal(training.epochs),
-        max_steps=training.max_steps,
-        learning_rate=decimal(training.learning_rate) or "",
-        schedule=training.schedule,
-        batch_size=batch,
-        micro_batch_tokens=(found and found.micro_batch_tokens) or training.micro_batch_tokens,
-        batching=found.batching[:128] if found and found.batching else None,
-        activation_checkpointing=training.activation_checkpointing,
-        gpus=plan.device.gpus if plan.device.estimated_memory_bytes else None,
-        max_length=training.max_length,
-        precision=precision[:16] if precision else None,
-        device=_describe_device(plan.device, found.device if found else None),
-        trainable_parameters=found.trainable_parameters if found else None,
-        checkpoint_steps=training.checkpoint_steps,
-        evaluation_steps=training.evaluation_steps,
-        early_stopping=_describe_patience(training.early_stopping) if training.early_stopping else None,
-        output=plan.output.format,
-        metrics=[metric.value for metric in plan.evaluation.metrics],
-    )
 
 
 def _location(layout: Layout, part: ModelSpec | AdapterSource | Source | OutputSpec, reachable: bool) -> Location:
@@ -298,33 +186,6 @@ def _head_first(spec: FineTuneJobSpec) -> PlanHeadFirst | None:
         return None
     rate = wanted.learning_rate or HEAD_LEARNING_RATE
     return PlanHeadFirst(epochs=wanted.epochs, steps=wanted.steps, learning_rate=rate)
-
-
-def _method(plan: Plan) -> str:
-    method: str = plan.method
-    if plan.lora:
-        quantization = f" {plan.lora.quantization}" if plan.lora.quantization else ""
-        method = f"{plan.lora.variant} r={plan.lora.rank} alpha={plan.lora.alpha}{quantization}"
-    elif plan.last_layers is not None:
-        method = f"{plan.method} lastLayers={plan.last_layers}"
-    return f"{method}, DPO beta={decimal(plan.dpo.beta)}" if plan.dpo else method
-
-
-def _describe_device(device: PlanDevice, name: str | None) -> str | None:
-    """'NVIDIA H100', '4 x NVIDIA H100', '2 nodes x 4 x NVIDIA H100', '2 nodes x cpu'; without a name '4 GPUs'."""
-    parts = [f"{device.nodes} nodes"] if device.nodes > 1 else []
-    if device.gpus > 1:
-        parts.append(f"{device.gpus}" if name else f"{device.gpus} GPUs")
-    return " x ".join([*parts, *filter(None, [name])])[:128] or None
-
-
-def _describe_head_first(first: PlanHeadFirst) -> str:
-    length = f"{decimal(first.epochs)} epochs" if first.epochs else f"{first.steps} steps"
-    return f"{length}, learning rate {decimal(first.learning_rate)}"
-
-
-def _describe_patience(settings: PlanEarlyStopping) -> str:
-    return f"patience {settings.patience}, minimum improvement {decimal(settings.minimum_improvement)}"
 
 
 def _training(resource: Resource, spec: FineTuneJobSpec) -> PlanTraining:

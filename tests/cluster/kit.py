@@ -44,6 +44,11 @@ def get(kind: str, name: str, namespace: str) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
+def pod_ip(name: str, namespace: str) -> str:
+    """Raises CommandError if there is no such pod."""
+    return kubectl("-n", namespace, "get", "pod", name, "-o", "jsonpath={.status.podIP}")
+
+
 def items(kind: str, namespace: str, selector: str = "") -> list[dict[str, Any]]:
     return json.loads(kubectl("-n", namespace, "get", kind, "-l", selector, "-o", "json"))["items"]
 

@@ -43,7 +43,7 @@ def test_a_train_pod_reaches_nothing_and_is_reached_by_the_operator_only(workben
     ):
         command = ["-n", workbench.namespace, "exec", neighbour, "--", "sh", "-c"]
         kit.kubectl(*command, f'cd /tmp && nohup python -c "{LISTEN}" >/dev/null 2>&1 &')
-        address = kit.get("pod", neighbour, workbench.namespace)["status"]["podIP"]  # type: ignore[index]
+        address = kit.pod_ip(neighbour, workbench.namespace)
         targets = {
             "API server": (service["clusterIP"], 443),
             "API server's own address, outside the pods' network": (api["addresses"][0]["ip"], api["ports"][0]["port"]),

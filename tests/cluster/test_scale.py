@@ -74,7 +74,7 @@ def test_two_pods_find_each_other_by_name_and_reach_nobody_else(bench: Workbench
         for pod in (first["metadata"]["name"], stranger):
             command = f'cd /tmp && nohup python -c "{LISTEN.replace("(8000, 9400)", "(8000,)")}" >/dev/null 2>&1 &'
             kit.kubectl("-n", bench.namespace, "exec", pod, "--", "sh", "-c", command)
-        address = kit.get("pod", stranger, bench.namespace)["status"]["podIP"]  # type: ignore[index]
+        address = kit.pod_ip(stranger, bench.namespace)
 
         def peers_meet() -> bool:
             return probe(bench, second["metadata"]["name"], {"peer": (master, 8000)})["peer"]

@@ -22,7 +22,8 @@ from finetune_api.report import DATA_REPORT, QUARANTINE
 from finetune_api.spec import Task
 from finetune_api.status import DataStatus, ModelStatus
 
-from finetune_trainer.data.convert import InvalidRowError, LabelledText, usable_formats
+from finetune_trainer.data.convert import InvalidRowError, usable_formats
+from finetune_trainer.data.examples import LabelledText
 from finetune_trainer.data.labels import resolve_labels
 from finetune_trainer.data.pipeline import PlacedRow, batch_rows, open_sources, place_rows, survey_rows
 from finetune_trainer.data.quarantine import Quarantine

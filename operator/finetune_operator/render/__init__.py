@@ -11,8 +11,9 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
+from finetune_operator.layout import Layout
 from finetune_operator.observed import Manifest, Resource
-from finetune_operator.plans import Layout, has_peers
+from finetune_operator.plans import has_peers
 from finetune_operator.render.job import render_job
 from finetune_operator.render.metadata import render_metadata, seal
 from finetune_operator.render.network import render_network_policy, render_service

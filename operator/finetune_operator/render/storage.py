@@ -7,8 +7,8 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
+from finetune_operator.layout import PodLayout, split_uri, storage_used
 from finetune_operator.observed import Manifest, Resource
-from finetune_operator.plans import PodLayout, split_uri, storage_used
 from finetune_operator.render.metadata import render_metadata
 
 WORKSPACE_SIZE = "20Gi"

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from finetune_api.constants import KIND, Stage
 from finetune_api.rules import local_only
+from finetune_operator.layout import storage_used
 from finetune_operator.manifest_file import read_job
-from finetune_operator.plans import storage_used
 from finetune_operator.render.pod import USER
 
 ROOT = Path(__file__).parents[3]

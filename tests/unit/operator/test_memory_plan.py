@@ -7,8 +7,10 @@ from finetune_api.constants import Stage
 from finetune_api.rules import parse_spec
 from finetune_api.spec import FineTuneJobSpec, MethodType, Precision, Task
 from finetune_api.status import ActivationStatus, DataStatus, FineTuneJobStatus, LengthStatus, ModelStatus
+from finetune_operator.layout import PodLayout
 from finetune_operator.observed import Key, Resource
-from finetune_operator.plans import PodLayout, build_plan, resolved_status
+from finetune_operator.plans import build_plan
+from finetune_operator.resolved import resolved_status
 from finetune_operator.sizing import GIB, MemoryPlan, Training, advise, estimate, explain, plan_memory
 from hypothesis import given
 from hypothesis import strategies as st

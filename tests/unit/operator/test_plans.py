@@ -10,8 +10,10 @@ from finetune_api.progress import Progress, TrainResult
 from finetune_api.rules import parse_spec
 from finetune_api.spec import FineTuneJobSpec, HeadFirst, LoraSpec, TrainingSpec
 from finetune_api.status import DataStatus, FineTuneJobStatus, ModelStatus
+from finetune_operator.layout import PodLayout, storage_used
 from finetune_operator.observed import Key, Resource
-from finetune_operator.plans import PodLayout, build_plan, resolved_status, storage_used
+from finetune_operator.plans import build_plan
+from finetune_operator.resolved import resolved_status
 from hypothesis import given
 from hypothesis import strategies as st
 

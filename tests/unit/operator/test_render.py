@@ -10,8 +10,9 @@ from finetune_api.constants import HASH_ANNOTATION, NAME_LENGTH, Stage
 from finetune_api.plan import Plan
 from finetune_api.rules import parse_spec
 from finetune_api.status import FineTuneJobStatus
+from finetune_operator.layout import PodLayout
 from finetune_operator.observed import Key, Manifest, Resource, is_owned_by, job_name_of, manifest_hash_of, stage_of
-from finetune_operator.plans import PodLayout, build_plan
+from finetune_operator.plans import build_plan
 from finetune_operator.render import render_stage
 from finetune_operator.settings import Settings
 from hypothesis import given, settings

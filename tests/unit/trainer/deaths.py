@@ -4,6 +4,7 @@ Imported by the fork server of test_train_exact.py, so that no attempt has to im
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import shutil
@@ -26,12 +27,12 @@ from finetune_trainer.__main__ import main
 from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.train import checkpoint, loop, preference, reporting
 from finetune_trainer.train import run as train_run
-from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.forward import Forward
-from transformers.models.bert import modeling_bert  # noqa: F401  (imported here, each attempt needs not)
-from transformers.models.bloom import modeling_bloom  # noqa: F401
-from transformers.models.llama import modeling_llama  # noqa: F401
+from finetune_trainer.train.micro_batches import Batching
+
+for architecture in ("bert", "bloom", "llama"):  # here, so that no attempt has to
+    importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
 
 PLACES: dict[str, tuple[Any, str]] = {
     "forward pass": (Forward, "losses"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from finetune_api.spec import BatchSize, Task
 from finetune_trainer.data.store import Rows, TokenizedRow, open_split, write_split
-from finetune_trainer.train.batches import Batching, BatchPlan, bucket, packs, padded_groups
+from finetune_trainer.train.batches import BatchPlan
+from finetune_trainer.train.micro_batches import Batching, bucket, packs, padded_groups
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,14 +11,14 @@ from finetune_api.report import DataReport
 from finetune_api.spec import Task
 from finetune_trainer.data import clean
 from finetune_trainer.data.clean import Cleaner, CleaningLog, detect_language, redact, repetition
-from finetune_trainer.data.convert import (
+from finetune_trainer.data.convert import Unwanted
+from finetune_trainer.data.examples import (
     Conversation,
     LabelledText,
     PlainText,
     Preference,
     PromptCompletion,
     Turn,
-    Unwanted,
     map_texts,
     spoken_texts,
 )

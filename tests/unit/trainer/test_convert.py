@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanSource
-from finetune_trainer.data.convert import (
-    Conversation,
-    LabelledText,
-    PlainText,
-    Preference,
-    PromptCompletion,
-    Turn,
-    convert_rows,
-    recognise_format,
-    usable_formats,
-)
+from finetune_trainer.data.convert import convert_rows, recognise_format, usable_formats
+from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.read import Rejection
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile

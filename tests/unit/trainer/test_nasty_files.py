@@ -24,7 +24,8 @@ import pytest
 from finetune_api.constants import Reason, Stage
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import JobReference, PlanDataset
-from finetune_trainer.data.convert import FIELDS, example_texts
+from finetune_trainer.data.convert import FIELDS
+from finetune_trainer.data.examples import example_texts
 from finetune_trainer.data.pipeline import PlacedRow, Survey, open_sources, place_rows, survey_rows
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import FileFacts, FileKind, recognise_file

@@ -11,15 +11,8 @@ from finetune_api.dataset import PersonalDataKind, PersonalDataSpec
 from finetune_api.plan import PlanPersonalData
 from finetune_api.report import DataReport
 from finetune_api.spec import Task
-from finetune_trainer.data.convert import (
-    Conversation,
-    LabelledText,
-    PlainText,
-    Preference,
-    PromptCompletion,
-    Turn,
-    Unwanted,
-)
+from finetune_trainer.data.convert import Unwanted
+from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.personal_data.find import Finder
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector, detectors
 from finetune_trainer.data.store import open_split

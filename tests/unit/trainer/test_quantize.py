@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.constants import Reason, Stage
-from finetune_api.plan import Plan
 from finetune_api.spec import Precision, Task
 from finetune_trainer.data.store import open_split
 from finetune_trainer.errors import Interrupted, UserError
@@ -29,7 +28,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from tests.plans import make_plan
 from tests.unit.trainer.trained_workspace import data_report
-from tests.unit.trainer.training_workspace import GENERATION, LABELS, make_training
+from tests.unit.trainer.training_workspace import GENERATION, LABELS, make_training, stop_after
 
 CPU = torch.device("cpu")
 NF4 = {"lora": {"quantization": "NF4"}}
@@ -152,20 +151,6 @@ def test_a_whole_run_goes_on_exactly_and_its_result_is_published_in_full_precisi
     assert not getattr(model.config, "quantization_config", None)
     with torch.no_grad():
         assert float(model.eval()(input_ids=ids, labels=ids).loss) < before - 0.05
-
-
-def stop_after(plan: Plan, step: int) -> Telemetry:
-    """Telemetry that asks to stop when the step is reported."""
-    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    update = telemetry.update
-
-    def watch(**fields: Any) -> None:
-        update(**fields)
-        if fields.get("step") == step:
-            telemetry.stop_requested.set()
-
-    telemetry.update = watch
-    return telemetry
 
 
 def test_what_from_pretrained_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from finetune_api.plan import PlanDataset
-from finetune_trainer.data.convert import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
+from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.labels import check_label_count, label_order, resolve_labels
 from finetune_trainer.data.split import Split, Splitter, check_splits, content_key
 from finetune_trainer.errors import UserError

@@ -1,15 +1,8 @@
 """What the model sees of a row, and what of it has a loss."""
 
 import pytest
-from finetune_trainer.data.convert import (
-    Conversation,
-    InvalidRowError,
-    LabelledText,
-    PlainText,
-    Preference,
-    PromptCompletion,
-    Turn,
-)
+from finetune_trainer.data.convert import InvalidRowError
+from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.tokenize import Encoded, Encoder
 from finetune_trainer.errors import UserError
 from tokenizers import processors

@@ -12,10 +12,10 @@ from finetune_api.spec import Precision, Task
 from finetune_trainer.data.store import open_split
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import build_model, trainable_state
-from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
 from finetune_trainer.train.forward import Forward
 from finetune_trainer.train.loop import accumulate_gradients
+from finetune_trainer.train.micro_batches import Batching
 from finetune_trainer.workspace import Workspace
 
 from tests.unit.trainer.training_workspace import GENERATION, make_training, untie

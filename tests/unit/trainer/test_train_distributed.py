@@ -266,6 +266,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "Head": {"method": "Head", "lora": None},
     "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
     "LoRA in one micro-batch": {**GENERATION, "training": {"micro_batch_tokens": 10_000}},
+    "LoRA, and one process runs out of memory": {
+        **GENERATION,
+        "lora": {"dropout": 0.0},  # which is drawn per micro-batch
+        "training": {"micro_batch_tokens": 120},
+    },
     "DPO": {
         **{"task": "Generation", "dpo": {"beta": 0.1}, "training": {"micro_batch_tokens": 60}},
         "evaluation": {"metrics": ["loss", "rewardAccuracy"]},
@@ -288,16 +293,16 @@ def test_every_method_learns_in_two_processes_what_it_learns_in_one(tmp_path: Pa
         if "its own" in kind:
             for folder in folders:
                 untie(Workspace(folder))
-    for number, (_, two) in enumerate(plans):
-        (tmp_path / f"{number}.json").write_text(two.to_json())
+    paths = [tmp_path / f"{number}{'-short' if 'memory' in kind else ''}.json" for number, kind in enumerate(KINDS)]
+    for path, (_, two) in zip(paths, plans, strict=True):
+        path.write_text(two.to_json())
     logits = 4 * 320 * 3
     monkeypatch.setattr(forward, "LOGITS_BYTES", logits)
     environment = os.environ | {
         **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORTS": " ".join(map(str, free_ports(len(plans))))},
     }
-    paths = [str(tmp_path / f"{number}.json") for number in range(len(plans))]
-    command = [sys.executable, "-m", "tests.unit.trainer.run_plans", str(logits), *paths]
+    command = [sys.executable, "-m", "tests.unit.trainer.run_plans", str(logits), *map(str, paths)]
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.DEVNULL) for rank in range(2)
     ]

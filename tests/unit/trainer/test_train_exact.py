@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from tests.models import save_tiny_bloom
 from tests.unit.trainer.deaths import CALLS, DEATHS, LOG, TERMINATION, Death, attempt
-from tests.unit.trainer.training_workspace import GENERATION, PREFERENCE, make_training
+from tests.unit.trainer.training_workspace import GENERATION, PREFERENCE, make_training, stop_after
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.unit.trainer.deaths"])
@@ -257,20 +257,6 @@ KINDS = {"classification": {}, "generation": GENERATION, "pairs": PREFERENCE}
 
 def train(plan: Plan, telemetry: Telemetry | None = None) -> Result:
     return run(plan, telemetry or Telemetry(Stage.TRAIN, plan.job, 0))
-
-
-def stop_after(plan: Plan, step: int) -> Telemetry:
-    """Telemetry that asks to stop when the step is reported."""
-    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
-    update = telemetry.update
-
-    def watch(**fields: Any) -> None:
-        update(**fields)
-        if fields.get("step") == step:
-            telemetry.stop_requested.set()
-
-    telemetry.update = watch
-    return telemetry
 
 
 @pytest.fixture(autouse=True)

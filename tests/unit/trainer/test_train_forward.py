@@ -10,11 +10,11 @@ from finetune_api.spec import Precision, Task
 from finetune_trainer.data.store import Rows, open_split
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.train import forward as forward_module
-from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import accumulate_gradients
+from finetune_trainer.train.micro_batches import Batching
 from finetune_trainer.workspace import Workspace
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional

@@ -19,10 +19,10 @@ from finetune_trainer.evaluate import metrics
 from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import preference
-from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.forward import Forward, prove
 from finetune_trainer.train.loop import accumulate_gradients
+from finetune_trainer.train.micro_batches import Batching
 from finetune_trainer.train.preference import Preference
 from finetune_trainer.train.run import run
 from finetune_trainer.workspace import Workspace

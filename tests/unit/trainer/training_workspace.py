@@ -8,9 +8,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.spec import Task
 from finetune_trainer.data.store import DataManifest, SplitManifest, TokenizedRow, write_manifest, write_split
+from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
@@ -89,3 +91,17 @@ def _preferred(random: np.random.Generator) -> TokenizedRow:
         for answer in answers
     )
     return chosen._replace(rejected=rejected)
+
+
+def stop_after(plan: Plan, step: int) -> Telemetry:
+    """Telemetry that asks to stop when the step is reported."""
+    telemetry = Telemetry(Stage.TRAIN, plan.job, 0)
+    update = telemetry.update
+
+    def watch(**fields: Any) -> None:
+        update(**fields)
+        if fields.get("step") == step:
+            telemetry.stop_requested.set()
+
+    telemetry.update = watch
+    return telemetry

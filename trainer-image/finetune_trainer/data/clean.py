@@ -16,7 +16,8 @@ from finetune_api.constants import Reason
 from finetune_api.dataset import CleanSpec
 from finetune_api.report import CleaningReport, CleaningSample, CleaningStep
 
-from finetune_trainer.data.convert import Example, Preference, Unwanted, example_texts, map_texts, spoken_texts
+from finetune_trainer.data.convert import Unwanted
+from finetune_trainer.data.examples import Example, Preference, example_texts, map_texts, spoken_texts
 from finetune_trainer.errors import UserError
 
 TextStep = Callable[[str], str]

@@ -13,14 +13,8 @@ from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
 
 from finetune_trainer.data.clean import Cleaner, CleaningLog
-from finetune_trainer.data.convert import (
-    Example,
-    LabelledText,
-    Unwanted,
-    convert_rows,
-    example_texts,
-    recognise_format,
-)
+from finetune_trainer.data.convert import Unwanted, convert_rows, recognise_format
+from finetune_trainer.data.examples import Example, LabelledText, example_texts
 from finetune_trainer.data.labels import check_label_count
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
 from finetune_trainer.data.quarantine import Quarantine

@@ -7,7 +7,7 @@ from enum import StrEnum
 from finetune_api.constants import Reason
 from finetune_api.plan import PlanDataset
 
-from finetune_trainer.data.convert import Example, input_texts
+from finetune_trainer.data.examples import Example, input_texts
 from finetune_trainer.errors import UserError
 
 SEPARATOR = "\x1f"

@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune_trainer.data.convert import (
+from finetune_trainer.data.convert import InvalidRowError
+from finetune_trainer.data.examples import (
     Conversation,
     Example,
-    InvalidRowError,
     LabelledText,
     PlainText,
     Preference,

@@ -13,10 +13,10 @@ from finetune_api.spec import Task
 
 from finetune_trainer.data.store import Rows
 from finetune_trainer.evaluate.metrics import classification, generation, preference
-from finetune_trainer.train.batches import Batching
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward, cross_entropy
+from finetune_trainer.train.micro_batches import Batching
 from finetune_trainer.train.preference import Preference
 
 OnBatch = Callable[[float], None]

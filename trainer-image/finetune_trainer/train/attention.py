@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from finetune_trainer.train.batches import Documents
+from finetune_trainer.train.micro_batches import Documents
 
 PACKED = "finetune_packed"
 """The name in `config._attn_implementation`."""

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 
 from finetune_trainer.data.store import Rows
-from finetune_trainer.train.batches import Batching, MicroBatch, padded
+from finetune_trainer.model.adapters import without_adapters
 from finetune_trainer.train.device import Device
-from finetune_trainer.train.forward import Forward, differs, foundation, tolerance, vocabulary_size
-
-PROBE_LENGTHS = (5, 9, 4)
+from finetune_trainer.train.forward import PROBE_LENGTHS, Forward, differs, tolerance, vocabulary_size
+from finetune_trainer.train.micro_batches import Batching, MicroBatch, padded
 
 
 class Place(Enum):
@@ -72,7 +71,7 @@ def find_encoder(forward: Forward, device: Device) -> Encoder | None:
     """
     forward.model.eval()
     random = np.random.default_rng(0)
-    pad_token_id = int(foundation(forward.model).config.pad_token_id or 0)
+    pad_token_id = int(without_adapters(forward.model).config.pad_token_id or 0)
     words = np.delete(np.arange(vocabulary_size(forward.model)), pad_token_id)
     documents = [random.choice(words, size=length) for length in PROBE_LENGTHS]
     batch = padded(documents, np.zeros(len(documents), np.int64), pad_token_id).to(device.torch_device)

@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from finetune_api.spec import Precision, Task
-from peft import PeftModel
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from finetune_trainer.model.adapters import block_lists
+from finetune_trainer.model.adapters import block_lists, without_adapters
 from finetune_trainer.train import attention
 from finetune_trainer.train.attention import PACKED, CannotPackError
-from finetune_trainer.train.batches import MicroBatch, arrange
 from finetune_trainer.train.device import Device
+from finetune_trainer.train.micro_batches import MicroBatch, arrange
 
 LOGITS_BYTES = 256 * 2**20
 """Most that the logits of one chunk take in fp32. With a vocabulary of 128,000 that is 524 targets: enough to keep a
@@ -71,7 +70,7 @@ class Forward:
 
     def transform(self, batch: MicroBatch) -> Any:
         """What the transformer alone gives, with `last_hidden_state` [b, t, width]."""
-        return foundation(self.model).base_model(**_inputs(batch))
+        return without_adapters(self.model).base_model(**_inputs(batch))
 
     def losses(self, batch: MicroBatch) -> torch.Tensor:
         """Cross-entropy of each target in nats, fp32 [n]."""
@@ -123,16 +122,11 @@ def compile_blocks(forward: Forward, backend: str = "inductor") -> None:
 
     Packed, there is one graph per length (see `Batching.in_buckets`); padded, whose shapes have two sides, few for all.
     """
-    own = foundation(forward.model)
+    own = without_adapters(forward.model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for name in block_lists(own):
         for block in own.get_submodule(name).children():
             block.compile(backend=backend, dynamic=False if forward.packs else None)
-
-
-def foundation(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model in or under the adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -141,7 +135,7 @@ def logits_of(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torc
     It runs its own forward, so that scaling and soft-capping happen, with `hidden` in the place of what its
     transformer gives. `output` is an earlier one of that, whose other parts are given again.
     """
-    whole = foundation(model)
+    whole = without_adapters(model)
     output = copy.copy(output)
     output.last_hidden_state = hidden
     if getattr(output, "pooler_output", None) is not None:
@@ -166,7 +160,7 @@ def _standing_in(module: torch.nn.Module, output: Any) -> Iterator[None]:
 
 
 def _prove(model: torch.nn.Module, device: Device) -> Forward:
-    own = foundation(model)
+    own = without_adapters(model)
     plain, padded, packed = Forward(model, Task.GENERATION), _probe(model, False, device), _probe(model, True, device)
     expected = plain.losses(padded)
     apart = replace(plain, apart=True)
@@ -227,7 +221,7 @@ def differs(
 
 def vocabulary_size(model: torch.nn.Module) -> int:
     """Of the input embeddings."""
-    return int(foundation(model).get_input_embeddings().weight.shape[0])
+    return int(without_adapters(model).get_input_embeddings().weight.shape[0])
 
 
 def _inputs(batch: MicroBatch) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from finetune_trainer.evaluate.predict import Evaluator
 from finetune_trainer.model.adapters import head_weights, training_mode
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping
-from finetune_trainer.train.batches import Batching, BatchPlan, MicroBatch
+from finetune_trainer.train.batches import BatchPlan
 from finetune_trainer.train.checkpoint import Best, Checkpoints, Improvement, RunState
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward
+from finetune_trainer.train.micro_batches import Batching, MicroBatch
 from finetune_trainer.train.preference import Preference
 from finetune_trainer.train.reporting import Interval, Pace, Reporter
 from finetune_trainer.train.schedule import learning_rate
@@ -160,11 +161,15 @@ class Loop:
                 loss = accumulate_gradients(
                     self._objective, micro, self.device, seed, self._beat, only=leaves, part=part
                 )
-                return self.world.sum_gradients(self._trained, only, loss), counts
             except torch.OutOfMemoryError:
-                if self.world.size > 1 or not self.batching.halve(int(self.train.lengths.max())):
+                if self.world.is_sharded:  # the others wait in the middle of a pass
                     raise
+                loss = None
+            if not self.world.agree(loss is None) and loss is not None:
+                return self.world.sum_gradients(self._trained, only, loss), counts
             self.optimizer.zero_grad(set_to_none=True)
+            if not self.batching.halve(int(self.train.lengths.max())):
+                raise torch.OutOfMemoryError("there is no room for a micro-batch of the longest row")
             torch.cuda.empty_cache()
             self.telemetry.update(micro_batch_tokens=self.batching.micro_batch_tokens)
             logger.warning(

@@ -16,10 +16,10 @@ from safetensors.numpy import save
 from torch.nn import functional
 
 from finetune_trainer.data.store import Rows
-from finetune_trainer.train.batches import Batching, MicroBatch
 from finetune_trainer.train.device import Device
 from finetune_trainer.train.distributed import ALONE, World
 from finetune_trainer.train.forward import Forward
+from finetune_trainer.train.micro_batches import Batching, MicroBatch
 from finetune_trainer.workspace import write_file
 
 LIKELIHOODS, DIGEST = "log_likelihoods", "digest"

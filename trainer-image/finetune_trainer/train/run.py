@@ -29,7 +29,7 @@ from finetune_trainer.model.load import build_model, trainable_state
 from finetune_trainer.model.quantize import choose_quantization
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.train import early_stopping, preference
-from finetune_trainer.train.batches import Batching, BatchPlan
+from finetune_trainer.train.batches import BatchPlan
 from finetune_trainer.train.checkpoint import Checkpoints, RunState, identify
 from finetune_trainer.train.device import Device, cast_frozen, choose_device
 from finetune_trainer.train.distributed import World, join
@@ -38,6 +38,7 @@ from finetune_trainer.train.forward import Forward, compile_blocks, prove
 from finetune_trainer.train.linear import speed_up
 from finetune_trainer.train.loop import Loop, deciding_metric, make_optimizer, non_finite
 from finetune_trainer.train.memory import check_checkpointing, checkpoint_activations, return_free_memory
+from finetune_trainer.train.micro_batches import Batching
 from finetune_trainer.train.reporting import TRAINING_SHARE, Reporter, Silent, TrainingLog
 from finetune_trainer.workspace import Workspace, write_file
 

@@ -17,7 +17,8 @@ from finetune_api.dataset import PersonalDataSpec
 from finetune_api.plan import PlanPersonalData
 from finetune_api.report import PersonalDataReport
 
-from finetune_trainer.data.convert import Example, Unwanted, map_texts
+from finetune_trainer.data.convert import Unwanted
+from finetune_trainer.data.examples import Example, map_texts
 from finetune_trainer.data.personal_data import credentials, numbers
 from finetune_trainer.data.personal_data.find import Detector, Finder, Match
 from finetune_trainer.errors import UserError

@@ -1,0 +1,343 @@
+"""The walk through the stages of one job: which one it is in, what that one needs, what is said of it. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.plan import Plan
+from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus
+
+from finetune_operator.cluster import Event
+from finetune_operator.conditions import shorten
+from finetune_operator.decision import Context, Decision
+from finetune_operator.diagnose import Trouble, culprit, pod_failure, refusal, stage_failure, waiting_trouble
+from finetune_operator.draft import STAGE_SHARE, Draft
+from finetune_operator.observed import (
+    Manifest,
+    Observed,
+    Resource,
+    condition_of,
+    container_of,
+    failures_of,
+    format_time,
+    has_failed,
+    index_of,
+    is_running,
+    is_suspended,
+    newest_of_each_node,
+    nodes_of,
+    parse_time,
+    result_of,
+)
+from finetune_operator.plans import build_plan, plan_memory
+from finetune_operator.render import render_stage
+from finetune_operator.resolved import resolved_status
+from finetune_operator.sizing import advise, explain
+
+LOOK_AGAIN_SECONDS = 5.0
+"""For what no watch tells: Events about a pod that does not start."""
+
+RESULT_GRACE_SECONDS = 30.0
+"""A Job may be seen as complete before its pod is; after this, the pod is gone and with it the stage's result."""
+
+UNKNOWN_LIMIT = {
+    True: "how much a GPU has is not known: give resources.gpuMemory to have it compared",
+    False: "how much there is is not known: give resources.limits.memory to have it compared",
+}
+
+WORKING = {Stage.PREPARE: Phase.PREPARING, Stage.TRAIN: Phase.TRAINING, Stage.PUBLISH: Phase.PUBLISHING}
+WAITING = {Stage.PREPARE: Phase.PENDING, Stage.TRAIN: Phase.QUEUED, Stage.PUBLISH: Phase.PUBLISHING}
+
+
+def _was_suspended(status: FineTuneJobStatus) -> bool:
+    """Whether the status still says so: it is written after what it tells was done."""
+    return any(c.type is ConditionType.SUSPENDED and c.status == "True" for c in status.conditions or ())
+
+
+def _is_tried_again(job: Manifest, ended: Sequence[Manifest]) -> bool:
+    """Whether the Job has noticed that its pods have ended, one of them badly, and does not give up."""
+    still_active = (job.get("status") or {}).get("active")
+    return any(map(has_failed, ended)) and not still_active and condition_of(job, "FailureTarget") is None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass over the stages, from the first to the one that the job is in."""
+
+    resource: Resource
+    spec: FineTuneJobSpec
+    observed: Observed
+    now: float
+    context: Context
+    draft: Draft
+
+    def go(self) -> Decision:
+        for stage in Stage:
+            if self._is_done(stage):
+                continue
+            job = self.observed.jobs.get(stage)
+            if job is None:
+                return self._begin(stage)
+            if "deletionTimestamp" in job["metadata"]:  # somebody deleted it: it is made again when it is gone
+                self.draft.running(False, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
+                return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+            if condition_of(job, "Failed"):
+                return self._fail(stage, job)
+            if not condition_of(job, "Complete"):
+                return self._stay(stage, job)
+            result = self._result(stage)
+            if result is None:
+                return self._without_result(stage, job)
+            self._finish(stage, result)
+        self.draft.succeed(self._success_message())
+        return self._decision()
+
+    def _decision(
+        self,
+        *,
+        create: Sequence[Manifest] = (),
+        change: Mapping[Stage, Manifest] | None = None,
+        restart: Sequence[Stage] = (),
+        requeue_after: float | None = None,
+    ) -> Decision:
+        return Decision(
+            status=self.draft.status(),
+            create=create,
+            change=change or {},
+            restart=restart,
+            events=tuple(self.draft.events),
+            requeue_after=requeue_after,
+        )
+
+    def _is_done(self, stage: Stage) -> bool:
+        result = self.draft.get("result")
+        match stage:
+            case Stage.PREPARE:
+                return self.draft.get("data") is not None
+            case Stage.TRAIN:
+                return result is not None and result.scores is not None
+            case Stage.PUBLISH:
+                return result is not None and result.artifact is not None
+
+    def _result(self, stage: Stage) -> Result | None:
+        """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""
+        for pod in self.observed.pods.get(stage, ()):
+            result = result_of(pod) if index_of(pod) == 0 else None
+            if result and result.outcome is Outcome.SUCCEEDED and getattr(result, stage.value) is not None:
+                return result
+        return None
+
+    def _begin(self, stage: Stage) -> Decision:
+        """Creates the stage's children; in their first moment they wait, as far as the status knows."""
+        if self.spec.suspend and self._is_queued(stage):
+            self._wait(stage, Reason.SUSPENDED_BY_USER, "")
+            return self._decision()
+        resource = replace(self.resource, status=self.draft.status())
+        plan = build_plan(resource, self.spec, stage, self.context.layout)
+        if stage is Stage.TRAIN and not self._fits(plan, resource):
+            return self._decision()
+        children = render_stage(
+            resource, self.spec, plan, self.context.settings, self.context.layout, suspended=self.spec.suspend
+        )
+        self.draft.set(attempt=1)
+        if stage is not Stage.PUBLISH:  # training is over: what its device decided stands in the status
+            self.draft.set(resolved=resolved_status(plan, None, None))
+        if stage is Stage.PREPARE:
+            self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
+        self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")
+        return self._decision(create=tuple(children))
+
+    def _fits(self, plan: Plan, resource: Resource) -> bool:
+        """Reports the memory plan; a job that cannot fit fails before it asks for a GPU."""
+        memory = plan_memory(plan, resource, self.spec)
+        if memory is None:
+            return True
+        message = explain(memory)
+        self.draft.set(memory=MemoryStatus(estimate_bytes=memory.memory.total, limit_bytes=memory.limit))
+        if memory.limit is None:
+            message = f"{message}; {UNKNOWN_LIMIT[memory.gpus > 0]}"
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, None, Reason.LIMIT_UNKNOWN, message)
+        elif memory.fits:
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, True, Reason.FITS, message)
+        else:
+            message = f"{message}. To make it fit, {advise(memory, self.spec)}"
+            self.draft.conditions.set(ConditionType.MEMORY_FITS, False, Reason.INSUFFICIENT_MEMORY, message)
+            self.draft.set(resolved=resolved_status(plan, None, None))
+            self.draft.fail(
+                FailureStatus(stage=Stage.TRAIN, reason=Reason.INSUFFICIENT_MEMORY, message=shorten(message))
+            )
+        return memory.fits
+
+    def _wait(self, stage: Stage, reason: Reason, message: str) -> None:
+        if self.spec.suspend:
+            reason, message = Reason.SUSPENDED_BY_USER, "no pod runs while spec.suspend is true"
+        self.draft.running(False, reason, message)
+        self.draft.pause()
+        self._enter(WAITING[stage], message)
+
+    def _enter(self, phase: Phase, message: str) -> None:
+        if self.spec.suspend:
+            phase, message = Phase.SUSPENDED, "spec.suspend is true; what is done is kept"
+        self.draft.enter(phase, message)
+
+    def _stay(self, stage: Stage, job: Manifest) -> Decision:
+        """The stage's Job is at work: says how far it is, or what it waits for."""
+        pods = self.observed.pods.get(stage, ())
+        failures = failures_of(job, pods)
+        attempt = min(failures, job["spec"].get("backoffLimitPerIndex", failures)) + 1  # after the last one is no next
+        self._note_failed_attempt(stage, pods, attempt)
+        self.draft.set(attempt=attempt)
+        if self.spec.suspend and self._is_queued(stage):
+            self._wait(stage, Reason.SUSPENDED_BY_USER, "")
+            return self._decision(restart=(stage,))
+        change = self._changes(stage, job)
+        newest = newest_of_each_node(pods)
+        running = [pod for pod in newest if is_running(pod)]
+        starting = [pod for pod in newest if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
+        absent = nodes_of(job) - len(newest)
+        if running and not starting and not absent:
+            return self._decision(change=change, requeue_after=self._report(stage, running[0]))
+        if not starting and not absent and not _is_tried_again(job, newest) and not self.spec.suspend:
+            # its Job has not judged yet how the last pod has ended
+            self.draft.running(False, Reason.BETWEEN_STAGES, f"the {stage} pod has ended")
+            return self._decision(change=change)
+        trouble = self._trouble(starting, absent)
+        if trouble is not None and not self.spec.suspend:
+            self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
+            self._enter(WAITING[stage], trouble.message)
+        elif is_suspended(job) and not self.spec.suspend and "suspend" not in change.get(stage, {}):
+            queue = self._queue()
+            where = f"in queue {queue}" if queue else "for the controller that has suspended its Job"
+            self._wait(stage, Reason.QUEUED, f"{stage} waits {where}")
+        else:
+            again = f" again (attempt {attempt})" if attempt > 1 else ""
+            some = f": {len(running)} of {nodes_of(job)} pods run" if running else ""
+            self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}{some}")
+        return self._decision(change=change, requeue_after=None if is_suspended(job) else LOOK_AGAIN_SECONDS)
+
+    def _trouble(self, starting: Sequence[Manifest], absent: int) -> Trouble | None:
+        """Why a pod does not run, or is not even there; None while it is only a matter of time."""
+        troubles = (waiting_trouble(pod, self.observed.events) for pod in starting)
+        return next(filter(None, troubles), refusal(self.observed.events) if absent else None)
+
+    def _is_queued(self, stage: Stage) -> bool:
+        """Kueue alone says when such a Job runs, and would take our `suspend` back: to suspend it we delete it."""
+        return stage is Stage.TRAIN and self._queue() is not None
+
+    def _queue(self) -> str | None:
+        return self.spec.scheduling.queue_name if self.spec.scheduling else None
+
+    def _changes(self, stage: Stage, job: Manifest) -> dict[Stage, Manifest]:
+        """What the user may edit while the Job exists: suspend and limits.
+
+        A Job that we did not suspend is another controller's to resume (Kueue may manage Jobs without a queue too).
+        """
+        limits = self.spec.limits
+        wanted = {"activeDeadlineSeconds": limits.active_deadline_seconds}
+        if "backoffLimitPerIndex" not in job["spec"]:  # which is immutable
+            wanted["backoffLimit"] = limits.retries
+        if self.spec.suspend or _was_suspended(self.resource.status):
+            wanted["suspend"] = self.spec.suspend
+        changes = {name: value for name, value in wanted.items() if (job["spec"].get(name) or None) != (value or None)}
+        return {stage: changes} if changes else {}
+
+    def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
+        """A Warning when a new attempt follows a failed one: why it is needed."""
+        before, failed = self.draft.get("attempt"), culprit(pods)
+        if before is not None and attempt > before and failed is not None:
+            trouble = pod_failure(failed, stage)
+            message = f"attempt {attempt - 1} of {stage} failed: {trouble.message}"
+            self.draft.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-{attempt}"))
+
+    def _report(self, stage: Stage, pod: Manifest) -> float | None:
+        """How far the running stage is, in the words of `pod`; the seconds after which it would count as stalled."""
+        progress = self.observed.progress
+        if progress is not None and progress.stage is not stage:
+            progress = None
+        if progress is not None:
+            self.draft.follow(stage, progress)
+        if stage is Stage.TRAIN and progress is not None:
+            resource = replace(self.resource, status=self.draft.status())
+            plan = build_plan(resource, self.spec, stage, self.context.layout)
+            self.draft.set(resolved=resolved_status(plan, progress, None))
+        what = _describe(progress) if progress else f"{stage} runs"
+        alive = self._last_sign_of_life(pod) if stage is Stage.TRAIN else self.now
+        left = alive + self.spec.limits.stall_seconds - self.now
+        if left > 0:
+            self.draft.running(True, Reason.POD_RUNNING, f"the {stage} pod runs")
+        else:
+            since, name = format_time(alive), pod["metadata"]["name"]
+            what = f"no sign of progress since {since} ({what}): look at the log of pod {name}"
+            self.draft.stall(what, since)
+        self._enter(WORKING[stage], what)
+        return left if left > 0 and stage is Stage.TRAIN else None
+
+    def _last_sign_of_life(self, pod: Manifest) -> float:
+        """When training last got on: its own word, which the status keeps while the operator is away or the pod does
+        not answer, or the start of its container.
+        """
+        progress = self.draft.get("progress")
+        began = ((container_of(pod).get("state") or {}).get("running") or {}).get("startedAt")
+        known = parse_time(progress.last_updated_time if progress else None), parse_time(began)
+        return max(filter(None, known), default=self.now)
+
+    def _finish(self, stage: Stage, result: Result) -> None:
+        """A stage has ended well."""
+        self.draft.absorb(result)
+        self.draft.at(STAGE_SHARE[stage][1])
+        self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")
+        if stage is Stage.PREPARE:
+            data = self.draft.get("data")
+            message = f"{data.rows_kept} rows kept, {data.rows_rejected} rejected, {data.tokens} tokens to train on"
+            self.draft.conditions.set(ConditionType.DATA_READY, True, Reason.PREPARED, message)
+        if stage is Stage.TRAIN:
+            self._finish_training(result)
+
+    def _finish_training(self, result: Result) -> None:
+        resource = replace(self.resource, status=self.draft.status())
+        plan = build_plan(resource, self.spec, Stage.TRAIN, self.context.layout)
+        self.draft.set(resolved=resolved_status(plan, None, result.train))
+        gate = result.train.gate if result.train else None
+        reason, message = (Reason.PASSED, gate.message) if gate else (Reason.NO_GATE, "the spec asks for no gate")
+        self.draft.conditions.set(ConditionType.GATE_PASSED, True, reason, message)
+
+    def _fail(self, stage: Stage, job: Manifest) -> Decision:
+        pods = self.observed.pods.get(stage, ())
+        failure = stage_failure(job, pods, stage)
+        failed = culprit(pods)
+        if failure.reason is Reason.GATE_FAILED and failed is not None:  # the scores are the evidence: they stay
+            result = result_of(failed)
+            if result is not None:
+                self.draft.absorb(result)
+            self.draft.conditions.set(ConditionType.GATE_PASSED, False, failure.reason, failure.message)
+        if stage is Stage.PREPARE:
+            self.draft.conditions.set(ConditionType.DATA_READY, False, failure.reason, failure.message)
+        self.draft.fail(failure)
+        return self._decision()
+
+    def _without_result(self, stage: Stage, job: Manifest) -> Decision:
+        """The Job is complete, and no pod tells what it found: wait for the watch, then do the stage again."""
+        completed = parse_time((job.get("status") or {}).get("completionTime"))
+        if completed is None or self.now - completed < RESULT_GRACE_SECONDS:
+            return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+        message = f"the pod of {stage} was deleted before its result was read; {stage} runs again"
+        self.draft.events.append(Event("Warning", Reason.STAGE_FAILED.value, message, key=job["metadata"]["uid"]))
+        self._wait(stage, Reason.POD_STARTING, message)
+        return self._decision(restart=(stage,), requeue_after=LOOK_AGAIN_SECONDS)
+
+    def _success_message(self) -> str:
+        result = self.draft.get("result")
+        scores = "; ".join(
+            f"{score.metric} {score.value}" + (f" (baseline {score.baseline})" if score.baseline else "")
+            for score in result.scores
+        )
+        return f"{scores}; the result is at {result.artifact.uri}"
+
+
+def _describe(progress: Progress) -> str:
+    """What a trainer does now, in a sentence."""
+    if progress.step is None or progress.total_steps is None:
+        return progress.activity
+    return f"{progress.activity}: step {progress.step} of {progress.total_steps}"
