@@ -18,222 +18,18 @@ import platform
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune_api.constants import Stage
-from finetune_api.progress import Result
-from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.local import LocalLayout
-from finetune_operator.observed import Resource
-from finetune_operator.plans import build_plan
+from bench import HERE, ROOT, WORK, execute, say
+from ours import Ours
 from report import BEST, DEFAULT, OURS, Figures, ratios, table
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-BUILD = ROOT / "build"
-WORK = BUILD / "benchmark-train"
-TRL_VENV = BUILD / "trl-venv"
-LOCK = ROOT / "requirements.lock"
-TRL_PACKAGES = ("trl==1.16.0", "torch", "transformers", "peft", "accelerate")
-"""All but the first as they are locked."""
-
-ROWS_PER_STEP = 8
-"""TRL's own default, so that it need not be changed for anybody."""
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""All linear layers of the blocks: what ours takes by itself."""
-NEVER = 10_000_000
-
-
-class Ours:
-    """Our side: plans as the operator makes them, stages as the pods run them."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.workspace = WORK / "workspace"
-        self._options = options
-        self._document: dict[str, Any] = {
-            "metadata": {"namespace": "benchmark", "name": "ours", "uid": "0001"},
-            "spec": job_spec(options),
-            "status": {},
-        }
-
-    def prepare(self) -> None:
-        """Makes the workspace that all contestants take model and rows from."""
-        found = self._run(Stage.PREPARE).prepare
-        if found is None:
-            raise SystemExit("the prepare stage gave no facts")
-        self._document["status"] = {"data": found.data.to_dict(), "model": found.model.to_dict()}
-        self.data, self.model = found.data, found.model
-
-    def train(self, adapter: Path) -> Figures:
-        """One training from the start; its adapter goes to `adapter`."""
-        self._forget()
-        figures = WORK / "ours.figures.json"
-        train = self._run(Stage.TRAIN, (figures, "time")).train
-        if train is None or train.tokens_per_second is None:
-            raise SystemExit("the train stage gave no result")
-        self._run(Stage.PUBLISH)
-        shutil.move(self.workspace / "artifacts", adapter)
-        tokens = self.data.tokens * self._options.epochs
-        return Figures(
-            steps=train.steps,
-            seconds=tokens / train.tokens_per_second,
-            cpu_seconds=json.loads(figures.read_text(encoding="utf-8"))["cpu_seconds"],
-            tokens=tokens,
-            supervised_tokens=self.data.supervised_tokens * self._options.epochs,
-            peak_memory_bytes=train.peak_memory_bytes or 0,
-        )
-
-    def profile(self) -> dict[str, Any]:
-        """One more training, of few steps, under torch.profiler."""
-        self._forget()
-        steps = {"maxSteps": self._options.profile_steps, "epochs": None}
-        training = {**self._document["spec"]["training"], **steps}
-        plan = self._plan(Stage.TRAIN, {**self._document["spec"], "training": training})
-        path = WORK / "profile.json"
-        command = [sys.executable, HERE / "ours_train.py", plan, path, "profile"]
-        execute(command, "profile", self._options, telemetry())
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-    def _run(self, stage: Stage, watched: tuple[Any, ...] = ()) -> Result:
-        """`watched`: for train, figures and kind of ours_train.py, which runs the same stage."""
-        message, plan = WORK / f"{stage}.message.json", self._plan(stage)
-        command = (
-            [HERE / "ours_train.py", plan, *watched] if watched else ["-m", "finetune_trainer", stage, "--plan", plan]
-        )
-        execute([sys.executable, *command], f"ours {stage}", self._options, telemetry(message))
-        return Result.model_validate_json(message.read_bytes())
-
-    def _plan(self, stage: Stage, spec: dict[str, Any] | None = None) -> Path:
-        document = {**self._document, "spec": spec or self._document["spec"]}
-        parsed = FineTuneJobSpec.model_validate(document["spec"])
-        plan = build_plan(Resource.read(document), parsed, stage, LocalLayout(WORK, WORK))
-        path = WORK / f"{stage}.plan.json"
-        path.write_text(plan.to_json(indent=2), encoding="utf-8")
-        return path
-
-    def _forget(self) -> None:
-        for name in ("checkpoints", "artifacts"):
-            shutil.rmtree(self.workspace / name, ignore_errors=True)
-
-
-def job_spec(options: argparse.Namespace) -> dict[str, Any]:
-    """The FineTuneJob; evaluation and checkpoints only at the end, as TRL is told, too."""
-    return {
-        "task": "Generation",
-        "model": {"uri": "file://model"},
-        "dataset": {
-            "sources": [{"uri": "file://train.jsonl"}],
-            "validation": {"sources": [{"uri": "file://held-out.jsonl"}]},
-        },
-        "method": {"type": "LoRA", "lora": {"rank": options.rank, "alpha": 2 * options.rank, "dropout": 0}},
-        "training": {
-            "epochs": options.epochs,
-            "learningRate": options.learning_rate,
-            "batchSize": {"sequences": ROWS_PER_STEP},
-            "maxLength": options.max_length,
-            "precision": options.precision,
-            "seed": options.seed,
-            "schedule": "Linear",
-            "warmupRatio": 0,
-            "weightDecay": 0.01,
-            "maxGradNorm": 1,
-            "checkpointSteps": NEVER,
-            "evaluationSteps": NEVER,
-        },
-        "resources": {"gpus": options.gpus},
-    }
-
-
-class Trl:
-    """The other side, in an environment of its own."""
-
-    def __init__(self, options: argparse.Namespace, ours: Ours) -> None:
-        self._options = options
-        self._ours = ours
-        self._rows = WORK / "rows.jsonl"
-        execute([sys.executable, __file__, "--export-rows", ours.workspace, self._rows], "export", options)
-
-    def train(self, name: str, changes: dict[str, Any], adapter: Path, first_rows: int | None = None) -> Figures:
-        """One training; of the first rows only, if asked for."""
-        result = WORK / "trl.result.json"
-        trial = {
-            "model": str(self._ours.workspace / "model"),
-            "rows": str(self._rows),
-            "first_rows": first_rows,
-            "cache": str(WORK / "datasets"),
-            "output": str(adapter),
-            "result": str(result),
-            "settings": {**self._shared(), **changes},
-            "lora": {
-                "r": self._options.rank,
-                "lora_alpha": 2 * self._options.rank,
-                "lora_dropout": 0.0,
-                "target_modules": list(TARGETS),
-            },
-        }
-        path = WORK / "trl.trial.json"
-        path.write_text(json.dumps(trial, indent=2), encoding="utf-8")
-        result.unlink(missing_ok=True)
-        execute([trl_python(), HERE / "trl_sft.py", path], name, self._options)
-        figures = json.loads(result.read_text(encoding="utf-8"))
-        return Figures(**{field: figures[field] for field in Figures.__dataclass_fields__ if field in figures})
-
-    def candidates(self) -> dict[str, dict[str, Any]]:
-        """Settings that could be TRL's fastest; each makes optimizer steps of as many tokens as the others do."""
-        budget = ROWS_PER_STEP * self._options.mean_length
-        found = {
-            f"packs of {budget // parts}, {parts} a step": {
-                "packing": True,
-                "max_length": budget // parts,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": parts,
-            }
-            for parts in (1, 2, 4)
-            if budget // parts >= self._ours.data.max_length
-        }
-        for rows in (ROWS_PER_STEP, ROWS_PER_STEP // 4):
-            found[f"grouped by length, {rows} rows x {ROWS_PER_STEP // rows}"] = {
-                "train_sampling_strategy": "group_by_length",
-                "max_length": self._options.max_length,
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": ROWS_PER_STEP // rows,
-            }
-        load: dict[str, Any] = {"attn_implementation": self._options.trl_attention}
-        if self._options.precision == "bf16":
-            load["dtype"] = "bfloat16"
-        fast = {"gradient_checkpointing": False, "model_init_kwargs": load}
-        return {name: {**settings, **fast} for name, settings in found.items()}
-
-    def default(self) -> dict[str, Any]:
-        return {"max_length": self._options.max_length, "per_device_train_batch_size": ROWS_PER_STEP}
-
-    def _shared(self) -> dict[str, Any]:
-        options = self._options
-        return {
-            "num_train_epochs": options.epochs,
-            "learning_rate": options.learning_rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0,
-            "optim": "adamw_torch_fused",
-            "weight_decay": 0.01,
-            "max_grad_norm": 1.0,
-            "seed": options.seed,
-            "bf16": options.precision == "bf16",
-            "use_cpu": options.gpus == 0,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
+from theirs import Trl, install_trl, trl_python
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--export-rows"]:
-        export_rows(Path(sys.argv[2]), Path(sys.argv[3]))
-        return
     options = read_options()
     install_trl()
     shutil.rmtree(WORK, ignore_errors=True)
@@ -330,62 +126,6 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def export_rows(workspace: Path, target: Path) -> None:
-    """The prepared training rows for TRL: input_ids, and labels with -100 where there is no loss."""
-    from finetune_trainer.data.store import open_split
-
-    rows = open_split(workspace / "data", "train")
-    with target.open("w", encoding="utf-8") as file:
-        for row in range(len(rows)):
-            ids, supervised = rows.input_ids(row).tolist(), rows.loss_mask(row).tolist()
-            labels = [token if learned else -100 for token, learned in zip(ids, supervised, strict=True)]
-            file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
-
-
-def install_trl() -> None:
-    """TRL in a virtual environment of its own, with the locked versions of what both sides use."""
-    stamp = TRL_VENV / "benchmark-packages"
-    wanted = "\n".join(TRL_PACKAGES) + "\n" + LOCK.read_text(encoding="utf-8")
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return
-    say(f"installing {TRL_PACKAGES[0]} in {TRL_VENV.relative_to(ROOT)}")
-    if not trl_python().exists():
-        venv.create(TRL_VENV, with_pip=True)
-    pip = [str(trl_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--constraint", str(LOCK), *TRL_PACKAGES], check=True)
-    stamp.write_text(wanted, encoding="utf-8")
-
-
-def trl_python() -> Path:
-    return TRL_VENV / "bin" / "python"
-
-
-def telemetry(message: Path | None = None) -> dict[str, str]:
-    where = {"FINETUNE_TERMINATION_LOG": str(message)} if message else {}
-    return {"FINETUNE_TELEMETRY_PORT": "0", **where}
-
-
-def execute(
-    command: list[Any], name: str, options: argparse.Namespace, environment: dict[str, str] | None = None
-) -> None:
-    """Runs a process with the same threads and no hub; its output goes to a log that is shown if it fails."""
-    shared = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    log = WORK / "logs" / f"{name.replace(' ', '-').replace(',', '')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        process = subprocess.run(
-            [str(part) for part in command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **shared, **(environment or {})},
-            cwd=ROOT,
-            check=False,
-        )
-    if process.returncode != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise SystemExit(f"{name} failed with exit code {process.returncode} ({log}):\n{tail}")
-
-
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -419,10 +159,6 @@ def read_options() -> argparse.Namespace:
     options.gpus = int(options.device == "cuda")
     options.precision = options.precision or ("bf16" if options.gpus else "fp32")
     return options
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from finetune_operator.sizing import GIB, MemoryPlan, Training, advise, estimate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.statuses import data_status
+
 LLAMA_8B = ModelStatus(
     architecture="LlamaForCausalLM",
     parameters=8_030_261_248,
@@ -53,20 +55,8 @@ def with_lora(model: ModelStatus) -> ModelStatus:
 
 
 def data(longest: int = 512, rows: int = 1000) -> DataStatus:
-    return DataStatus(
-        rows_read=rows,
-        rows_kept=rows,
-        rows_rejected=0,
-        train_rows=rows,
-        validation_rows=0,
-        test_rows=0,
-        tokens=rows * longest,
-        supervised_tokens=rows * longest,
-        truncated_rows=0,
-        max_length=longest,
-        lengths=LengthStatus(p50=longest, p95=longest, p99=longest, longest=longest),
-        fingerprint="f",
-    )
+    lengths = LengthStatus(p50=longest, p95=longest, p99=longest, longest=longest)
+    return data_status(rows, rows * longest, longest).model_copy(update={"lengths": lengths})
 
 
 def make_spec(

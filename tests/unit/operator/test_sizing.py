@@ -7,21 +7,11 @@ from finetune_operator.sizing import run_length
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.statuses import data_status
+
 
 def data(rows: int, tokens: int = 0) -> DataStatus:
-    return DataStatus(
-        rows_read=rows,
-        rows_kept=rows,
-        rows_rejected=0,
-        train_rows=rows,
-        validation_rows=0,
-        test_rows=0,
-        tokens=tokens,
-        supervised_tokens=tokens,
-        truncated_rows=0,
-        max_length=512,
-        fingerprint="f",
-    )
+    return data_status(rows, tokens, 512)
 
 
 def test_the_last_batch_of_an_epoch_may_be_smaller_and_still_is_a_step():

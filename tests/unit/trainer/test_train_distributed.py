@@ -269,7 +269,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA, and one process runs out of memory": {
         **GENERATION,
         "lora": {"dropout": 0.0},  # which is drawn per micro-batch
-        "training": {"micro_batch_tokens": 120},
+        "training": {"micro_batch_tokens": 60},  # a pass for each of the two in most steps
     },
     "DPO": {
         **{"task": "Generation", "dpo": {"beta": 0.1}, "training": {"micro_batch_tokens": 60}},
