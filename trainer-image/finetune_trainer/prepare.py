@@ -25,11 +25,12 @@ from finetune_api.status import DataStatus, ModelStatus
 from finetune_trainer.data.convert import InvalidRowError, usable_formats
 from finetune_trainer.data.examples import LabelledText
 from finetune_trainer.data.labels import resolve_labels
-from finetune_trainer.data.pipeline import PlacedRow, batch_rows, open_sources, place_rows, survey_rows
+from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, decide, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
 from finetune_trainer.data.split import Split, check_splits
+from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import remove_folder
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of befo
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".data-download"
+SPOOL = "rows"
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*chat_template*", "*.model", "*.tiktoken", "*.jinja")
 
 
@@ -85,9 +87,10 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
         with Quarantine(workspace.report / QUARANTINE) as quarantine:
             this = Run(plan, workspace, telemetry, quarantine, Findings(max_length=plan.training.max_length))
             try:
-                read_data(this, downloads)
-                encoder, model = fetch_foundation(this)
-                write_data(this, encoder)
+                with Spool(downloads / SPOOL) as spool:
+                    rows = read_data(this, downloads, spool)
+                    encoder, model = fetch_foundation(this)
+                    write_data(this, rows, encoder)
             except UserError:
                 this.write_report()
                 raise
@@ -98,7 +101,7 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
     return Result(stage=Stage.PREPARE, outcome=Outcome.SUCCEEDED, prepare=prepared)
 
 
-def read_data(this: Run, downloads: Path) -> None:
+def read_data(this: Run, downloads: Path, spool: Spool) -> Rows:
     """Fetches the sources and judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
     sources = open_sources(dataset, usable_formats(this.plan), downloads, this.watch("Fetching data", 0, 0.1))
@@ -106,10 +109,13 @@ def read_data(this: Run, downloads: Path) -> None:
     findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
     findings.files = {file: recognise_file(file) for file in findings.hashes}
     findings.sources = sources
-    survey_rows(sources, dataset, this.quarantine, findings.survey, watch)
+    rows = Rows(sources, spool)
+    read_all(rows, dataset, this.quarantine, findings.survey, watch)
+    decide(rows, dataset, this.quarantine, findings.survey)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
     logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
     this.judge()
+    return rows
 
 
 def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
@@ -140,7 +146,7 @@ def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
     return Encoder(tokenizer, findings.max_length, findings.labels or (), model.vocabulary_size), model
 
 
-def write_data(this: Run, encoder: "Encoder") -> None:
+def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
     """Tokenizes the rows into data/, whole or not at all."""
     plan, findings = this.plan, this.findings
     names = [split for split in Split if split is not Split.TEST or plan.dataset.test]
@@ -149,7 +155,7 @@ def write_data(this: Run, encoder: "Encoder") -> None:
     with new_folder(this.workspace.data) as folder:
         with ExitStack() as stack:
             writers = {name: stack.enter_context(SplitWriter(folder / name, plan.task)) for name in names}
-            for row, tokens, length in _encoded_rows(this, encoder):
+            for row, tokens, length in _encoded_rows(this, rows, encoder):
                 writers[row.split].write(tokens)
                 _hash_row(digest, row.split, tokens)
                 if row.split is Split.TRAIN:
@@ -173,11 +179,11 @@ def write_data(this: Run, encoder: "Encoder") -> None:
     logger.info("%d training rows with %d tokens, %d rows were cut", train.rows, train.tokens, train.truncated_rows)
 
 
-def _encoded_rows(this: Run, encoder: "Encoder") -> Iterator[tuple[PlacedRow, TokenizedRow, int]]:
+def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[PlacedRow, TokenizedRow, int]]:
     """(Row, its tokens, their number before the cut) of all rows that can be learned from, in their order."""
     watch = this.watch("Tokenizing", 0.5, 1)
     total, done = this.findings.survey.rows.total(), 0
-    for batch in batch_rows(_kept_rows(this, watch)):
+    for batch in batch_rows(rows.placed()):
         for row, result in zip(batch, encoder.encode([row.example for row in batch]), strict=True):
             if isinstance(result, InvalidRowError):
                 this.quarantine.add(row.file, Rejection(row.line, result.reason, result.detail))
@@ -185,13 +191,6 @@ def _encoded_rows(this: Run, encoder: "Encoder") -> Iterator[tuple[PlacedRow, To
                 yield row, result.row, result.length
         done += len(batch)
         watch.advance(done, total)
-
-
-def _kept_rows(this: Run, watch: Watch) -> Iterator[PlacedRow]:
-    for row in place_rows(this.findings.sources, this.plan.dataset):
-        watch.check()
-        if isinstance(row, PlacedRow):
-            yield row
 
 
 def _settings_hash(this: Run) -> "hashlib._Hash":

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanSource
-from finetune_trainer.data.convert import convert_rows, recognise_format, usable_formats
-from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
-from finetune_trainer.data.read import Rejection
+from finetune_trainer.data.convert import convert_row, recognise_format, usable_columns, usable_formats
+from finetune_trainer.data.examples import (
+    Conversation,
+    Example,
+    LabelledText,
+    PlainText,
+    Preference,
+    PromptCompletion,
+    Turn,
+    example_texts,
+)
+from finetune_trainer.data.read import Rejection, read_rows
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 from hypothesis import given
@@ -40,8 +49,13 @@ def source(format: DataFormat | None = None, **columns: str) -> PlanSource:
 
 def convert(file: SourceFile, format: DataFormat, **columns: str) -> list:
     """Examples, and (reason, detail) of what was rejected."""
-    rows = convert_rows(file, source(format, **columns), format)
-    return [(row.reason, row.detail) if isinstance(row, Rejection) else row[1] for row in rows]
+    results = converted(file, source(format, **columns), format)
+    return [(row.reason, row.detail) if isinstance(row, Rejection) else row for row in results]
+
+
+def converted(file: SourceFile, source: PlanSource, format: DataFormat) -> list[Example | Rejection]:
+    rows = read_rows(file, usable_columns(source))
+    return [row if isinstance(row, Rejection) else convert_row(row, source, format) for row in rows]
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -174,7 +188,7 @@ def test_a_bad_row_is_rejected_with_its_reason(write, row, format, reason):
 
 def test_the_line_of_a_bad_row_is_told(write):
     file = write({"text": "a", "label": "x"}, {"text": "a"})
-    assert [r.line for r in convert_rows(file, source(), DataFormat.LABELLED_TEXT) if isinstance(r, Rejection)] == [2]
+    assert [r.line for r in converted(file, source(), DataFormat.LABELLED_TEXT) if isinstance(r, Rejection)] == [2]
 
 
 def test_missing_columns_of_a_table_are_told_at_once_with_the_remedy(write):
@@ -254,5 +268,5 @@ JSON = st.recursive(
 def test_no_row_breaks_a_converter(tmp_path_factory, format, row):
     path = tmp_path_factory.mktemp("wild") / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    (item,) = convert_rows(SourceFile("f", "file://a.jsonl", path), source(format), format)
-    assert isinstance(item, Rejection) or item[0] == 1
+    (item,) = converted(SourceFile("f", "file://a.jsonl", path), source(format), format)
+    assert isinstance(item, Rejection) or example_texts(item)

@@ -26,9 +26,10 @@ from finetune_api.dataset import DataFormat
 from finetune_api.plan import JobReference, PlanDataset
 from finetune_trainer.data.convert import FIELDS
 from finetune_trainer.data.examples import example_texts
-from finetune_trainer.data.pipeline import PlacedRow, Survey, open_sources, place_rows, survey_rows
+from finetune_trainer.data.pipeline import Rows, Survey, decide, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import FileFacts, FileKind, recognise_file
+from finetune_trainer.data.spool import Spool
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 from finetune_trainer.telemetry import Telemetry
@@ -63,10 +64,12 @@ def judge(folder: Path, name: str, content: bytes) -> Judged:
     watch = Watch(Telemetry(Stage.PREPARE, JobReference(namespace="n", name="j", uid="u")), "Reading", 0, 1)
     survey = Survey()
     try:
-        with Quarantine(folder / "report" / "quarantine.jsonl") as quarantine:
+        with Quarantine(folder / "report" / "quarantine.jsonl") as quarantine, Spool(folder / "spool") as spool:
             sources = open_sources(dataset, FORMATS, folder / "down", watch)
-            survey_rows(sources, dataset, quarantine, survey, watch)
-            rows = [row for row in place_rows(sources, dataset) if isinstance(row, PlacedRow)]
+            found = Rows(sources, spool)
+            read_all(found, dataset, quarantine, survey, watch)
+            decide(found, dataset, quarantine, survey)
+            rows = list(found.placed())
     except UserError as error:
         assert error.reason is Reason.DATA_INVALID
         assert error.message.startswith(f"dataset.sources[0]: {name} ")

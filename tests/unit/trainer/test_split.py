@@ -1,12 +1,33 @@
 """A row's split is decided by what it says, and held-out rows stay unseen."""
 
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 from finetune_api.plan import PlanDataset
-from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
+from finetune_trainer.data.examples import (
+    Conversation,
+    Example,
+    LabelledText,
+    PlainText,
+    Preference,
+    PromptCompletion,
+    Turn,
+)
 from finetune_trainer.data.labels import check_label_count, label_order, resolve_labels
-from finetune_trainer.data.split import Split, Splitter, check_splits, content_key
+from finetune_trainer.data.ledger import Ledger
+from finetune_trainer.data.split import (
+    SPLITS,
+    Split,
+    check_splits,
+    group_rows,
+    input_key,
+    leave_out_held_out,
+    place_rows,
+    whole_key,
+)
+from finetune_trainer.data.work import Log, Packed, WorkedBatch
 from finetune_trainer.errors import UserError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,30 +43,76 @@ def dataset(validation=0.1, test=0.1) -> PlanDataset:
     )
 
 
-def texts(count: int) -> list[bytes]:
-    return [content_key(PlainText(f"row {number}")) for number in range(count)]
+def ledger_of(*rows: tuple[Split, Example]) -> Ledger:
+    ledger = Ledger()
+    for origin, example in rows:
+        label = [example.label] if isinstance(example, LabelledText) else None
+        numbers = (array("Q", [number]) for number in (1, input_key(example), whole_key(example)))
+        ledger.add(origin, WorkedBatch(0, [], *numbers, label, Packed.pack([]), Log()))
+    ledger.close()
+    return ledger
+
+
+def placed(rows: list[tuple[Split, Example]], plan: PlanDataset) -> list[Split | None]:
+    """The split of each row; None: it is left out."""
+    ledger = ledger_of(*rows)
+    groups = group_rows(ledger.input_keys)
+    out = leave_out_held_out(ledger, groups)
+    splits = place_rows(ledger, groups, plan)
+    return [None if gone else SPLITS[split] for gone, split in zip(out, splits, strict=True)]
+
+
+def train(examples: Iterable[Example]) -> list[tuple[Split, Example]]:
+    return [(Split.TRAIN, example) for example in examples]
+
+
+def texts(count: int) -> list[Example]:
+    return [PlainText(f"row {number}") for number in range(count)]
 
 
 def test_the_fractions_are_met():
-    splitter = Splitter(dataset(validation=0.1, test=0.2))
-    counts = Counter(splitter.place(Split.TRAIN, key) for key in texts(20_000))
+    counts = Counter(placed(train(texts(20_000)), dataset(validation=0.1, test=0.2)))
     assert counts[Split.TEST] == pytest.approx(4000, rel=0.1)
     assert counts[Split.VALIDATION] == pytest.approx(2000, rel=0.1)
 
 
 def test_a_row_keeps_its_split_whatever_is_around_it():
-    alone = Splitter(dataset())
-    first = {key: alone.place(Split.TRAIN, key) for key in texts(500)}
-    more = Splitter(dataset())
-    later = {key: more.place(Split.TRAIN, key) for key in reversed(texts(2000))}
-    assert all(later[key] is split for key, split in first.items())
+    first = placed(train(texts(500)), dataset())
+    later = placed(train(reversed(texts(2000))), dataset())
+    assert later[::-1][:500] == first
+
+
+def test_every_split_has_every_label_that_it_would_have_on_average():
+    """Ten rows of a rare label have none in a tenth now and then; training is served first."""
+    for number in range(40):
+        rare = [LabelledText(f"rare {number} {row}", "rare") for row in range(10)]
+        common = [LabelledText(f"common {row}", "common") for row in range(200)]
+        splits = Counter(placed(train([*rare, *common]), dataset())[:10])
+        assert splits[Split.TEST] and splits[Split.VALIDATION] and splits[Split.TRAIN] >= 2
+        single = LabelledText(f"single {number}", "single")
+        assert placed(train([*common, single]), dataset())[-1] is Split.TRAIN
+
+
+def test_labels_move_as_few_rows_as_they_must():
+    rows = [LabelledText(f"row {number}", str(number % 3)) for number in range(3000)]
+    plain = placed(train(PlainText(row.text) for row in rows), dataset())
+    assert placed(train(rows), dataset()) == plain
+
+
+def test_a_row_and_its_copies_move_together():
+    copies = [LabelledText(f"copy {number // 3}", "rare") for number in range(90)]
+    splits = placed(train(copies), dataset())
+    assert all(len({*splits[start : start + 3]}) == 1 for start in range(0, 90, 3))
 
 
 def test_the_same_text_has_the_same_key_whatever_its_label_and_white_space():
-    key = content_key(LabelledText("profit  rises\n", "good"))
-    assert key == content_key(LabelledText("profit rises", "bad"))
-    assert key != content_key(LabelledText("profit rises!", "good"))
+    key = input_key(LabelledText("profit  rises\n", "good"))
+    assert key == input_key(LabelledText("profit rises", "bad"))
+    assert key != input_key(LabelledText("profit rises!", "good"))
 
+
+HELD_OUT = dataset(validation=0.0, test=None)
+"""Held out are the rows of sources alone."""
 
 WORDS = st.text(alphabet="ab\x1f ", max_size=4)
 
@@ -59,7 +126,7 @@ def conversation(*texts: str) -> Conversation:
 def test_different_inputs_have_different_keys(first, second, other_first, other_second):
     same = (first.split(), second.split()) == (other_first.split(), other_second.split())
     one, two = conversation(first, second, "answer"), conversation(other_first, other_second, "answer")
-    assert (content_key(one) == content_key(two)) == same
+    assert (input_key(one) == input_key(two)) == same
 
 
 @pytest.mark.parametrize(
@@ -79,37 +146,32 @@ def test_different_inputs_have_different_keys(first, second, other_first, other_
     ],
 )
 def test_the_same_question_is_in_one_split_whatever_its_answer(one, other):
-    assert content_key(one) == content_key(other)
-    splitter = Splitter(dataset(validation=0.0, test=None))
-    assert splitter.place(Split.TEST, content_key(one)) is Split.TEST
-    assert splitter.place(Split.TRAIN, content_key(other)) is None
+    assert input_key(one) == input_key(other)
+    assert placed([(Split.TEST, one), (Split.TRAIN, other)], HELD_OUT) == [Split.TEST, None]
 
 
 def test_earlier_turns_are_part_of_what_is_given():
-    assert content_key(conversation("hello", "hi", "a fish?", "cod")) != content_key(
+    assert input_key(conversation("hello", "hi", "a fish?", "cod")) != input_key(
         conversation("hello", "go away", "a fish?", "cod")
     )
 
 
 def test_an_answer_without_a_question_is_all_there_is():
     one, other = (Conversation((Turn("assistant", text),)) for text in ("cod", "trout"))
-    assert content_key(one) != content_key(other)
+    assert input_key(one) != input_key(other)
 
 
 def test_roles_are_part_of_a_conversation():
     turns = [Turn("user", "a"), Turn("assistant", "b")]
     swapped = [Turn("assistant", "a"), Turn("user", "b")]
-    assert content_key(Conversation(tuple(turns))) != content_key(Conversation(tuple(swapped)))
+    assert input_key(Conversation(tuple(turns))) != input_key(Conversation(tuple(swapped)))
 
 
 def test_rows_of_held_out_sources_are_not_learned():
-    splitter = Splitter(dataset(validation=0.0, test=None))
     tested, judged, free = texts(3)
-    assert splitter.place(Split.TEST, tested) is Split.TEST
-    assert splitter.place(Split.VALIDATION, tested) is None
-    assert splitter.place(Split.VALIDATION, judged) is Split.VALIDATION
-    assert splitter.place(Split.VALIDATION, judged) is Split.VALIDATION
-    assert [splitter.place(Split.TRAIN, key) for key in (tested, judged, free)] == [None, None, Split.TRAIN]
+    validation = [(Split.VALIDATION, row) for row in (tested, judged, judged)]
+    splits = placed([(Split.TEST, tested), *validation, *train([tested, judged, free])], HELD_OUT)
+    assert splits == [Split.TEST, None, Split.VALIDATION, Split.VALIDATION, None, None, Split.TRAIN]
 
 
 @pytest.mark.parametrize(

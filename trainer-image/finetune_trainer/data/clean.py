@@ -146,6 +146,15 @@ class CleaningLog:
         if len(self._samples[step]) < SAMPLES:
             self._samples[step].append(CleaningSample(before=redact(text[: 2 * SAMPLE_CHARACTERS])))
 
+    def merge(self, later: "CleaningLog") -> None:
+        """Adds what was done to rows that come after those of this log."""
+        self._changed.update(later._changed)
+        self._dropped.update(later._dropped)
+        self.languages.update(later.languages)
+        for step, samples in later._samples.items():
+            known = self._samples.setdefault(step, [])
+            known.extend(samples[: SAMPLES - len(known)])
+
     def report(self) -> CleaningReport | None:
         """None if there was nothing to do."""
         if not self._changed:

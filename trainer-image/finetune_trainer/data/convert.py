@@ -5,7 +5,7 @@ Formats (`DataFormat`) are what files look like; Alpaca rows, for example, becom
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
@@ -291,18 +291,9 @@ def _no_format(file: SourceFile, source: PlanSource, candidates: list[DataFormat
     return f"{file.at(first.line)}: {'; '.join(needs)}: name the columns in {file.field}.columns"
 
 
-def convert_rows(
-    file: SourceFile, source: PlanSource, data_format: DataFormat
-) -> Iterator[tuple[int, Example] | Rejection]:
-    """(Line, example) of every valid row of a file, and the rejections of the others, in their order."""
-    convert = CONVERTERS[data_format]
-    for row in read_rows(file, usable_columns(source)):
-        if isinstance(row, Rejection):
-            yield row
-            continue
-        try:
-            example = convert(Row(row.values, source))
-        except InvalidRowError as error:
-            yield Rejection(row.line, error.reason, error.detail)
-        else:
-            yield row.line, example
+def convert_row(row: RawRow, source: PlanSource, data_format: DataFormat) -> Example | Rejection:
+    """The example that a row of a source is, or why it is none."""
+    try:
+        return CONVERTERS[data_format](Row(row.values, source))
+    except InvalidRowError as error:
+        return Rejection(row.line, error.reason, error.detail)

@@ -1,7 +1,7 @@
 """The labels of a classification: a closed set in the order of the class ids."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from finetune_api.constants import Reason
 
@@ -20,7 +20,7 @@ def label_order(found: Iterable[str]) -> list[str]:
         return sorted(labels)
 
 
-def check_label_count(found: Mapping[str, int]) -> None:
+def check_label_count(found: Sequence[str]) -> None:
     """Raises UserError if there are so many labels that the column can hold none."""
     if len(found) > MAX_LABELS:
         raise UserError(

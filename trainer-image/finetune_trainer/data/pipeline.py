@@ -1,35 +1,40 @@
-"""The sources as one stream of placed rows: read, convert, clean, protect, check, split.
+"""The sources as placed rows: read, worked on in batches, decided about, and read again from the spool.
 
-`place_rows` is a fresh pass with the same outcome every time it is called, so that one pass can find out what the
-next one needs to know (labels, counts) without holding the rows.
+Texts pass by once and lie on disk after that; what is known of all rows at once is the ledger.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
 
-from finetune_trainer.data.clean import Cleaner, CleaningLog
-from finetune_trainer.data.convert import Unwanted, convert_rows, recognise_format
-from finetune_trainer.data.examples import Example, LabelledText, example_texts
-from finetune_trainer.data.labels import check_label_count
-from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
+from finetune_trainer.data.convert import recognise_format, usable_columns
+from finetune_trainer.data.examples import Example, example_texts
+from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
+from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
-from finetune_trainer.data.read import Rejection, first_with_rows
-from finetune_trainer.data.split import Split, Splitter, content_key
+from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
+from finetune_trainer.data.split import SPLITS, Split, group_rows, leave_out_held_out, place_rows
+from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.work import Batch, Log
+from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile, fetch_source
 from finetune_trainer.telemetry.watch import Watch
 
-HELD_OUT_DETAIL = "a held-out source has the same text or prompt"
 CHECK_ROWS = 256
 """Rows between two looks at whether a stop was requested."""
 
 BATCH_ROWS = 1_000
-BATCH_CHARACTERS = 1 << 22
-"""Most characters in a batch, unless a single row has more: its tokens take up to 100 times as many bytes."""
+BATCH_CHARACTERS = 1 << 20
+"""About the most characters in a batch, unless a single row has more: each process holds some batches."""
+
+ENCODED_CHARACTERS = 1 << 22
+"""Most characters in a batch for the tokenizer, likewise: its tokens take up to 100 times as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -52,37 +57,23 @@ class PlacedRow:
     example: Example
 
 
-@dataclass(frozen=True, slots=True)
-class RejectedRow:
-    """`invalid` is False for a sound row that may not be used."""
-
-    file: SourceFile
-    rejection: Rejection
-    invalid: bool = True
-
-
+@dataclass
 class Survey:
-    """What the first pass finds out. `labels`: split -> label -> rows."""
+    """What is known when all rows are read. `rows`: by split; `labels`: split -> label -> rows."""
 
-    def __init__(self) -> None:
-        self.cleaning = CleaningLog()
-        self.personal_data = PersonalDataLog()
-        self.read: Counter[SourceFile] = Counter()
-        self.rows: Counter[str] = Counter()
-        self.labels: dict[str, Counter[str]] = {}
+    read: Counter[SourceFile] = field(default_factory=Counter)
+    log: Log = field(default_factory=Log)
+    rows: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def rows_read(self) -> int:
         return self.read.total()
 
-    def count(self, split: Split, example: Example) -> None:
-        """Counts a row that is kept. Raises UserError for endless labels."""
-        self.rows[split] += 1
-        if isinstance(example, LabelledText):
-            counts = self.labels.setdefault(split, Counter())
-            counts[example.label] += 1
-            if counts[example.label] == 1:
-                check_label_count(counts)
+    def count(self, ledger: Ledger) -> None:
+        """As far as is decided by now."""
+        self.rows = Counter(ledger.rows_by_split())
+        self.labels = {split: Counter(counts) for split, counts in ledger.labels_by_split().items()}
 
 
 def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Path, watch: Watch) -> list[OpenedSource]:
@@ -110,69 +101,108 @@ def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
             return dataset.sources
 
 
-def place_rows(
-    sources: Sequence[OpenedSource], dataset: PlanDataset, survey: Survey | None = None
-) -> Iterator[PlacedRow | RejectedRow]:
-    """Every row of all sources, in their order. What was done to their texts is counted into `survey`."""
-    splitter = Splitter(dataset)
-    change = _text_changes(dataset, survey or Survey())
-    closed = set(dataset.labels or ())
-    for opened in sources:
-        for file in opened.files:
-            for item in convert_rows(file, opened.source, opened.format):
-                if isinstance(item, Rejection):
-                    yield RejectedRow(file, item)
-                    continue
-                line, example = item
-                changed = change(example)
-                if isinstance(changed, Unwanted):
-                    yield RejectedRow(file, Rejection(line, changed.reason, changed.detail), False)
-                    continue
-                example = changed
-                if closed and isinstance(example, LabelledText) and example.label not in closed:
-                    yield RejectedRow(file, Rejection(line, "label is unknown", "dataset.labels does not list it"))
-                    continue
-                split = splitter.place(opened.origin, content_key(example))
-                if split is None:
-                    yield RejectedRow(file, Rejection(line, "held-out duplicate", HELD_OUT_DETAIL), False)
-                else:
-                    yield PlacedRow(file, line, split, example)
+class Rows:
+    """All sound rows: their examples in a spool, their numbers in a ledger."""
+
+    def __init__(self, sources: Sequence[OpenedSource], spool: Spool) -> None:
+        self.files = [(opened, file) for opened in sources for file in opened.files]
+        self.spool = spool
+        self.ledger = Ledger()
+
+    def placed(self) -> Iterator[PlacedRow]:
+        """Those that are kept, in their order."""
+        ledger, kept = self.ledger, self.ledger.kept
+        for chunk in self.spool.chunks():
+            file = self.files[chunk.file][1]
+            for number, example in enumerate(chunk.examples, start=chunk.start):
+                if kept[number]:
+                    yield PlacedRow(file, int(ledger.lines[number]), SPLITS[ledger.splits[number]], example)
+
+    def left_out(self) -> Iterator[tuple[SourceFile, Rejection]]:
+        """Those that are not, and why."""
+        for number in np.flatnonzero(~self.ledger.kept).tolist():
+            why = REASONS[Verdict(self.ledger.verdicts[number])]
+            yield (
+                self.files[self.spool.file_of(number)][1],
+                Rejection(int(self.ledger.lines[number]), why.reason, why.detail),
+            )
 
 
-def _text_changes(dataset: PlanDataset, survey: Survey) -> Callable[[Example], Example | Unwanted]:
-    """Cleaning, then personal data, which it may have laid bare. Counts into `survey`, from zero."""
-    cleaner = Cleaner(dataset.clean) if dataset.clean else None
-    protector = Protector(dataset.personal_data) if dataset.personal_data else None
-    survey.cleaning = CleaningLog(cleaner.names if cleaner else ())
-    survey.personal_data = PersonalDataLog(dataset.personal_data.settings.action if dataset.personal_data else None)
-
-    def change(example: Example) -> Example | Unwanted:
-        cleaned = cleaner.clean(example, survey.cleaning) if cleaner else example
-        if protector is None or isinstance(cleaned, Unwanted):
-            return cleaned
-        return protector.protect(cleaned, survey.personal_data)
-
-    return change
-
-
-def survey_rows(
-    sources: Sequence[OpenedSource], dataset: PlanDataset, quarantine: Quarantine, survey: Survey, watch: Watch
+def read_all(
+    rows: Rows,
+    dataset: PlanDataset,
+    quarantine: Quarantine,
+    survey: Survey,
+    watch: Watch,
+    *,
+    processes: int | None = None,
 ) -> None:
-    """The first pass: counts into `survey`, rejections into `quarantine`. Raises UserError, Interrupted."""
-    sizes = {file: file.path.stat().st_size for opened in sources for file in opened.files}
-    done = 0
-    current: SourceFile | None = None
-    for number, row in enumerate(place_rows(sources, dataset, survey)):
-        if row.file != current:
-            done += sizes[current] if current else 0
-            current = row.file
-        if number % CHECK_ROWS == 0:
-            watch.advance(done, sum(sizes.values()))
-        survey.read[row.file] += 1
-        if isinstance(row, RejectedRow):
-            quarantine.add(row.file, row.rejection, row.invalid)
-        else:
-            survey.count(row.split, row.example)
+    """Reads every row once and works on it: sound ones into `rows`, the others into `quarantine`; counts into `survey`.
+
+    processes: left out, as many as this process may use CPUs and the data is worth.
+
+    Raises UserError (DataInvalid), StageError if a process was killed, Interrupted.
+    """
+    sizes = [file.path.stat().st_size for _, file in rows.files]
+    if processes is None:
+        processes = process_count(sum(sizes))
+    try:
+        for batch in work_batches(_batches(rows, watch), dataset, processes):
+            opened, file = rows.files[batch.file]
+            watch.advance(sum(sizes[: batch.file]), sum(sizes))
+            survey.read[file] += batch.rows_read
+            survey.log.merge(batch.log)
+            for rejected in batch.rejected:
+                quarantine.add(file, rejected.rejection, rejected.invalid)
+            rows.ledger.add(opened.origin, batch)
+            rows.spool.write(batch.file, len(batch.lines), batch.examples)
+    finally:  # refused data is reported too, as far as it was read
+        rows.ledger.close()
+        survey.count(rows.ledger)
+
+
+def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> None:
+    """What can only be said of a row when all are known: which are left out, and the splits of the others."""
+    ledger = rows.ledger
+    groups = group_rows(ledger.input_keys)
+    ledger.verdicts[leave_out_held_out(ledger, groups)] = Verdict.HELD_OUT_DUPLICATE
+    ledger.splits = place_rows(ledger, groups, dataset)
+    for file, rejection in rows.left_out():
+        quarantine.add(file, rejection, invalid=False)
+    survey.count(ledger)
+
+
+def _batches(rows: Rows, watch: Watch) -> Iterator[Batch]:
+    for number, (opened, file) in enumerate(rows.files):
+        for batch in _in_batches(read_rows(file, usable_columns(opened.source)), watch):
+            yield Batch(number, opened.source, opened.format, batch)
+
+
+def _in_batches(items: Iterable[RawRow | Rejection], watch: Watch) -> Iterator[list[RawRow | Rejection]]:
+    """Ends with the UserError that reading ends with, after the rows before it."""
+    batch: list[RawRow | Rejection] = []
+    characters = 0
+    try:
+        for number, item in enumerate(items):
+            if number % CHECK_ROWS == 0:
+                watch.check()
+            batch.append(item)
+            characters += _characters(item.values) if isinstance(item, RawRow) else 0
+            if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    except UserError:
+        yield batch
+        raise
+    yield batch
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def batch_rows(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
@@ -181,7 +211,7 @@ def batch_rows(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
     characters = 0
     for row in rows:
         length = sum(map(len, example_texts(row.example)))
-        if batch and (len(batch) == BATCH_ROWS or characters + length > BATCH_CHARACTERS):
+        if batch and (len(batch) == BATCH_ROWS or characters + length > ENCODED_CHARACTERS):
             yield batch
             batch, characters = [], 0
         batch.append(row)

@@ -91,8 +91,8 @@ class Findings:
             ],
             ignored_files=[uri for opened in self.sources for uri in opened.ignored][:MAX_IGNORED_FILES],
             rejections=dict(quarantine.counts.most_common()),
-            cleaning=self.survey.cleaning.report(),
-            personal_data=self.survey.personal_data.report(),
+            cleaning=self.survey.log.cleaning.report(),
+            personal_data=self.survey.log.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             lengths=self.lengths.report(),
         )
@@ -101,7 +101,7 @@ class Findings:
         splits = self.manifest.splits if self.manifest else {}
         rows = {name: split.rows for name, split in splits.items()} or self.survey.rows
         train = splits.get(Split.TRAIN)
-        personal_data = self.survey.personal_data.report()
+        personal_data = self.survey.log.personal_data.report()
         return DataStatus(
             rows_read=self.survey.rows_read,
             rows_kept=sum(rows.values()),

@@ -3,15 +3,23 @@
 import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from finetune_api.constants import Reason
 from finetune_api.plan import PlanDataset
 
-from finetune_trainer.data.examples import Example, input_texts
+from finetune_trainer.data.examples import Example, LabelledText, example_texts, input_texts
 from finetune_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.ledger import Ledger
 
 SEPARATOR = "\x1f"
 """It is white space, so no text holds it once its white space is evened out."""
+
+KEY_BYTES = 8
 
 
 class Split(StrEnum):
@@ -22,40 +30,85 @@ class Split(StrEnum):
     TRAIN = "train"
 
 
-def content_key(example: Example) -> bytes:
-    """16 bytes that stand for what the model is given, whatever its white space. What it is to answer is no part
+SPLITS = tuple(Split)
+TEST, VALIDATION, TRAIN = range(len(SPLITS))
+"""Their places, which stand for them where there is one per row."""
+
+
+def input_key(example: Example) -> int:
+    """64 bits that stand for what the model is given, whatever its white space. What it is to answer is no part
     of it: the same text with another label, or the same prompt with another completion, must not be held out and
-    learned at once. Rows with equal keys, exact duplicates among them, are all kept, in one split.
+    learned at once.
     """
-    content = SEPARATOR.join(" ".join(text.split()) for text in input_texts(example))
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+    return _key(input_texts(example))
 
 
-class Splitter:
-    """Places rows one by one. Rows of test and validation sources must come before those of training sources.
+def whole_key(example: Example) -> int:
+    """64 bits that stand for what the model is given and what it is to answer, whatever their white space."""
+    texts = example_texts(example)
+    return _key([*texts, example.label] if isinstance(example, LabelledText) else texts)
 
-    The fractions are of the hashes' range: a row keeps its split when rows are added, and rows with
-    equal keys share one.
+
+def _key(texts: list[str]) -> int:
+    content = SEPARATOR.join([" ".join(text.split()) for text in texts])
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=16).digest()[:KEY_BYTES])
+
+
+def group_rows(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Rows with equal keys are a group: the number of its first row, for each row."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    begins = np.ones(len(keys), np.bool_)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    groups = np.empty(len(keys), np.int64)
+    groups[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))]
+    return groups
+
+
+def leave_out_held_out(ledger: "Ledger", groups: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Rows of a group of which a source that is read earlier has one: with them a score would be dishonest."""
+    first = np.full(len(groups), len(SPLITS), np.uint8)
+    np.minimum.at(first, groups, ledger.origins)
+    found: npt.NDArray[np.bool_] = ledger.origins > first[groups]
+    return found
+
+
+def place_rows(ledger: "Ledger", groups: npt.NDArray[np.int64], dataset: PlanDataset) -> npt.NDArray[np.uint8]:
+    """The split of each row [rows]. A group goes to one split as a whole, by the hash of its first row: it keeps its
+    split when rows are added. A label that a split by fraction should have, but has not, is given its nearest group.
     """
+    test = (dataset.test.fraction or 0.0) if dataset.test else 0.0
+    validation = dataset.validation.fraction or 0.0
+    splits = ledger.origins.copy()
+    heads = np.flatnonzero((groups == np.arange(len(groups))) & (ledger.origins == TRAIN))
+    shares = ledger.input_keys[heads] / 2.0**64
+    splits[heads] = np.select([shares < test, shares < test + validation], [TEST, VALIDATION], TRAIN)
+    if ledger.label_names:
+        _spread_labels(splits, heads[np.argsort(shares, kind="stable")], ledger.labels, (test, validation))
+    divided = ledger.origins == TRAIN
+    splits[divided] = splits[groups[divided]]
+    return splits
 
-    def __init__(self, dataset: PlanDataset) -> None:
-        self._test_fraction = (dataset.test.fraction or 0.0) if dataset.test else 0.0
-        self._validation_fraction = dataset.validation.fraction or 0.0
-        self._held_out: dict[bytes, Split] = {}
 
-    def place(self, origin: Split, key: bytes) -> Split | None:
-        """The split of a row from a source of `origin`; None if a held-out source has one with the same key,
-        which would make a score dishonest.
-        """
-        if self._held_out.get(key, origin) is not origin:
-            return None
-        if origin is not Split.TRAIN:
-            self._held_out[key] = origin
-            return origin
-        share = int.from_bytes(key[:8]) / 2**64
-        if share < self._test_fraction:
-            return Split.TEST
-        return Split.VALIDATION if share < self._test_fraction + self._validation_fraction else Split.TRAIN
+def _spread_labels(
+    splits: npt.NDArray[np.uint8],
+    heads: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int16],
+    fractions: tuple[float, float],
+) -> None:
+    """Moves the fewest groups so that training has every label, and a split by fraction each of which it would have one
+    on average. `heads`: first rows of the groups that are divided, by the shares that their hashes are.
+    """
+    count = int(labels.max(initial=0)) + 1
+    by_split = [np.bincount(labels[heads[splits[heads] == split]], minlength=count) for split in range(len(SPLITS))]
+    total = np.sum(by_split, axis=0)
+    for split, fraction in zip((TEST, VALIDATION), fractions, strict=True):
+        lacking = (by_split[split] == 0) & (total * fraction >= 1) & (by_split[TRAIN] > 1)
+        for label in np.flatnonzero(lacking):
+            splits[next(head for head in heads[labels[heads] == label] if splits[head] == TRAIN)] = split
+            by_split[TRAIN][label] -= 1
+    for label in np.flatnonzero((by_split[TRAIN] == 0) & (total > 0)):
+        splits[heads[labels[heads] == label][-1]] = TRAIN
 
 
 def check_splits(rows: Mapping[str, int], dataset: PlanDataset) -> None:

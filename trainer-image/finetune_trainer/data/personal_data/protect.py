@@ -43,6 +43,11 @@ class PersonalDataLog:
             self._rows += 1
             self.found.update(found)
 
+    def merge(self, other: "PersonalDataLog") -> None:
+        self._action = self._action or other._action
+        self._rows += other._rows
+        self.found.update(other.found)
+
     def report(self) -> PersonalDataReport | None:
         """None if nothing was looked for."""
         if self._action is None:

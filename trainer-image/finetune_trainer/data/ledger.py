@@ -1,0 +1,94 @@
+"""What is decided about rows without their texts: a few numbers for each, whatever its length.
+
+30 bytes a row are all of it that memory holds.
+"""
+
+from array import array
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_trainer.data.convert import Unwanted
+from finetune_trainer.data.labels import check_label_count
+from finetune_trainer.data.split import SPLITS, Split
+from finetune_trainer.data.work import WorkedBatch
+
+NO_LABEL = -1
+
+
+class Verdict(IntEnum):
+    """Why a sound row is left out, decided by what other rows are."""
+
+    KEPT = 0
+    HELD_OUT_DUPLICATE = 1
+
+
+REASONS = {
+    Verdict.HELD_OUT_DUPLICATE: Unwanted("held-out duplicate", "a held-out source has the same text or prompt"),
+}
+
+
+class Ledger:
+    """One entry per sound row, in the order of the sources (held-out ones first).
+
+    After `close`: `origins`, `splits` uint8 (places in SPLITS), `verdicts` uint8, `lines`, `input_keys`, `whole_keys`
+    uint64, `labels` int16 (places in `label_names`, or NO_LABEL), each [rows].
+    """
+
+    def __init__(self) -> None:
+        self.label_names: list[str] = []
+        self._label_ids: dict[str, int] = {}
+        self._origins, self._labels = array("B"), array("h")
+        self._lines, self._input_keys, self._whole_keys = array("Q"), array("Q"), array("Q")
+
+    def add(self, origin: Split, batch: WorkedBatch) -> None:
+        """Raises UserError (DataInvalid) for endless labels."""
+        rows = len(batch.lines)
+        labels = [self._label_id(label) for label in batch.labels] if batch.labels else [NO_LABEL] * rows
+        self._origins.frombytes(bytes([SPLITS.index(origin)]) * rows)
+        self._lines.extend(batch.lines)
+        self._input_keys.extend(batch.input_keys)
+        self._whole_keys.extend(batch.whole_keys)
+        self._labels.extend(labels)
+
+    def _label_id(self, label: str) -> int:
+        number = self._label_ids.get(label)
+        if number is None:
+            number = self._label_ids[label] = len(self.label_names)
+            self.label_names.append(label)
+            check_label_count(self.label_names)
+        return number
+
+    def close(self) -> None:
+        """After the last row."""
+        self.origins: npt.NDArray[np.uint8] = np.frombuffer(self._origins, np.uint8)
+        self.lines: npt.NDArray[np.uint64] = np.frombuffer(self._lines, np.uint64)
+        self.input_keys: npt.NDArray[np.uint64] = np.frombuffer(self._input_keys, np.uint64)
+        self.whole_keys: npt.NDArray[np.uint64] = np.frombuffer(self._whole_keys, np.uint64)
+        self.labels: npt.NDArray[np.int16] = np.frombuffer(self._labels, np.int16)
+        self.splits: npt.NDArray[np.uint8] = self.origins.copy()
+        self.verdicts: npt.NDArray[np.uint8] = np.zeros(len(self.origins), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        kept: npt.NDArray[np.bool_] = self.verdicts == Verdict.KEPT
+        return kept
+
+    def rows_by_split(self) -> dict[Split, int]:
+        counts = np.bincount(self.splits[self.kept], minlength=len(SPLITS))
+        return {split: int(count) for split, count in zip(SPLITS, counts, strict=True)}
+
+    def labels_by_split(self) -> dict[Split, dict[str, int]]:
+        """Split -> label -> rows; without labels nothing."""
+        if not self.label_names:
+            return {}
+        pairs = self.splits.astype(np.int64) * len(self.label_names) + self.labels
+        counts = np.bincount(
+            pairs[self.kept & (self.labels != NO_LABEL)], minlength=len(SPLITS) * len(self.label_names)
+        )
+        table = counts.reshape(len(SPLITS), -1).tolist()
+        return {split: dict(zip(self.label_names, row, strict=True)) for split, row in zip(SPLITS, table, strict=True)}

@@ -1,0 +1,143 @@
+"""What is done to each row by itself, batch by batch, in any process: convert, clean, protect, and key it.
+
+Nothing here needs to know another row, so batches can be worked on at the same time. No torch, no transformers:
+a process that works on batches should start fast and stay small.
+"""
+
+import pickle
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pyarrow as pa
+from finetune_api.dataset import DataFormat
+from finetune_api.plan import PlanDataset, PlanSource
+
+from finetune_trainer.data.clean import Cleaner, CleaningLog
+from finetune_trainer.data.convert import Unwanted, convert_row
+from finetune_trainer.data.examples import Example, LabelledText
+from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
+from finetune_trainer.data.read import RawRow, Rejection
+from finetune_trainer.data.split import input_key, whole_key
+
+CODEC = pa.Codec("zstd", compression_level=1)
+
+
+class Batch(NamedTuple):
+    """Rows of one file, as its reader gives them."""
+
+    file: int
+    source: PlanSource
+    format: DataFormat
+    rows: list[RawRow | Rejection]
+
+
+class Packed(NamedTuple):
+    """Examples, pickled and compressed: only who needs their texts unpacks them."""
+
+    content: bytes
+    size: int
+
+    @classmethod
+    def pack(cls, examples: list[Example]) -> "Packed":
+        plain = pickle.dumps(examples, protocol=5)
+        return cls(CODEC.compress(plain, asbytes=True), len(plain))
+
+    def unpack(self) -> list[Example]:
+        examples: list[Example] = pickle.loads(CODEC.decompress(self.content, self.size))
+        return examples
+
+
+@dataclass
+class Log:
+    """What was done to the texts, counted; logs of different batches add up."""
+
+    cleaning: CleaningLog = field(default_factory=CleaningLog)
+    personal_data: PersonalDataLog = field(default_factory=PersonalDataLog)
+
+    def merge(self, other: "Log") -> None:
+        self.cleaning.merge(other.cleaning)
+        self.personal_data.merge(other.personal_data)
+
+
+class RejectedRow(NamedTuple):
+    """`invalid` is False for a sound row that may not be used."""
+
+    rejection: Rejection
+    invalid: bool = True
+
+
+@dataclass
+class WorkedBatch:
+    """What has become of a batch: rows that are left out, and what is known of each of the others, in their order."""
+
+    file: int
+    rejected: list[RejectedRow]
+    lines: "array[int]"
+    input_keys: "array[int]"
+    whole_keys: "array[int]"
+    labels: list[str] | None
+    examples: Packed
+    log: Log
+
+    @property
+    def rows_read(self) -> int:
+        return len(self.lines) + len(self.rejected)
+
+
+class BatchWorker:
+    """Works on batches by the dataset's settings. Raises UserError (DataInvalid) for settings that cannot be met."""
+
+    def __init__(self, dataset: PlanDataset) -> None:
+        self._cleaner = Cleaner(dataset.clean) if dataset.clean else None
+        self._protector = Protector(dataset.personal_data) if dataset.personal_data else None
+        self._action = dataset.personal_data.settings.action if dataset.personal_data else None
+        self._labels = set(dataset.labels or ())
+
+    def new_log(self) -> Log:
+        return Log(CleaningLog(self._cleaner.names if self._cleaner else ()), PersonalDataLog(self._action))
+
+    def work(self, batch: Batch) -> WorkedBatch:
+        log = self.new_log()
+        rejected: list[RejectedRow] = []
+        lines: list[int] = []
+        examples: list[Example] = []
+        for row in batch.rows:
+            result = row if isinstance(row, Rejection) else convert_row(row, batch.source, batch.format)
+            if isinstance(result, Rejection):
+                rejected.append(RejectedRow(result))
+                continue
+            changed = self._change(result, log)
+            if isinstance(changed, Unwanted):
+                rejected.append(RejectedRow(Rejection(row.line, changed.reason, changed.detail), invalid=False))
+            elif self._labels and isinstance(changed, LabelledText) and changed.label not in self._labels:
+                rejected.append(RejectedRow(Rejection(row.line, "label is unknown", "dataset.labels does not list it")))
+            else:
+                lines.append(row.line)
+                examples.append(changed)
+        return WorkedBatch(
+            file=batch.file,
+            rejected=rejected,
+            lines=array("Q", lines),
+            input_keys=array("Q", map(input_key, examples)),
+            whole_keys=array("Q", map(whole_key, examples)),
+            labels=_labels(examples),
+            examples=Packed.pack(examples),
+            log=log,
+        )
+
+    def _change(self, example: Example, log: Log) -> Example | Unwanted:
+        """Cleaning, then personal data, which it may have laid bare."""
+        cleaned = self._cleaner.clean(example, log.cleaning) if self._cleaner else example
+        if self._protector is None or isinstance(cleaned, Unwanted):
+            return cleaned
+        return self._protector.protect(cleaned, log.personal_data)
+
+
+def _labels(examples: list[Example]) -> list[str] | None:
+    labels = [example.label for example in examples if isinstance(example, LabelledText)]
+    return labels or None
+
+
+Worker = Callable[[Batch], WorkedBatch]
