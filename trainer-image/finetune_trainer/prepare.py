@@ -67,7 +67,7 @@ class Run:
         """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has not enough rows left."""
         dataset, survey = self.plan.dataset, self.findings.survey
         self.quarantine.check(survey.rows_read, dataset.max_rejected)
-        check_splits(survey.rows, dataset)
+        check_splits(survey.rows, dataset, self.quarantine.reasons())
         if self.plan.task is Task.CLASSIFICATION:
             labels = self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
             if dataset.labelling and dataset.labelling.minimum_rows:

@@ -191,9 +191,7 @@ def test_rules_look_at_the_cleaned_text_before_personal_data_is_replaced():
 
 def test_the_report_tells_how_rules_vote():
     """Votes of the rules a b c: n for negative, p for positive."""
-    rules = [
-        {"name": name, "column": name, "table": {"n": "negative", "p": "positive"}} for name in ("a", "b", "c")
-    ]
+    rules = [{"name": name, "column": name, "table": {"n": "negative", "p": "positive"}} for name in ("a", "b", "c")]
     rows = [("n", "n", ""), ("n", "p", ""), ("", "p", ""), ("n", "", "", "positive"), ("p", "n", "", "positive")]
     settings = dataset(*rules)
     batch = [
@@ -232,6 +230,19 @@ def test_rules_that_are_too_much_for_one_pass_are_tried_one_by_one(monkeypatch):
     monkeypatch.setattr(label_rules.re2, "Set", Exhausted)
     rules = LabelRules([LabelRule(**UP), LabelRule(**DOWN)])
     assert rules.votes("it falls", {}) == {1: "negative"}
+
+
+def test_rules_that_are_too_large_together_are_tried_one_by_one(monkeypatch):
+    monkeypatch.setattr(label_rules, "AUTOMATON_BYTES", 1 << 20)
+    words = [[f"{'abcdefghij'[n]}{m:050}" for m in range(40)] for n in range(10)]
+    rules = LabelRules([LabelRule(name=f"r{n}", label=str(n), keywords=some) for n, some in enumerate(words)])
+    assert rules.votes(f"{words[3][7]} {words[9][0]}", {}) == {3: "3", 9: "9"}
+
+
+def test_a_pattern_that_is_too_large_is_named():
+    huge = r"(?i)(\pL{1000}|\pN{1000}|[^\pL]{1000}|[^\pN]{1000})"
+    with pytest.raises(UserError, match=r"dataset\.labelling\.rules\[1\]: its pattern is too large"):
+        BatchWorker(dataset(UP, {"name": "huge", "label": "positive", "pattern": huge * 5}))
 
 
 def test_as_many_rules_as_there_may_be_are_one_pass():

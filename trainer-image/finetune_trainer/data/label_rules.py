@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import re2
+from finetune_api.constants import Reason
 from finetune_api.dataset import LabelRule
 from finetune_api.report import RuleReport
 
 from finetune_trainer.data.convert import spelled_number
 from finetune_trainer.data.examples import UNLABELLED
 from finetune_trainer.data.read import is_unicode
+from finetune_trainer.errors import UserError
 
 EDGE = r"[^\pL\pM\pN_]"
 """What stands between words. RE2's \\b knows ASCII only."""
@@ -25,7 +27,10 @@ AUTOMATON_BYTES = 64 << 20
 
 
 class LabelRules:
-    """All rules on a row. Those that look for words and patterns in the same place look for all of them at once."""
+    """All rules on a row. Those that look for words and patterns in the same place look for all of them at once.
+
+    Raises UserError (DataInvalid) for a pattern that is too large.
+    """
 
     def __init__(self, rules: Sequence[LabelRule]) -> None:
         self.names = [rule.name for rule in rules]
@@ -61,21 +66,37 @@ class _Search:
         options.log_errors = False
         options.max_mem = AUTOMATON_BYTES
         self._numbers = list(patterns)
-        self._each = [re2.compile(pattern, options) for pattern in patterns.values()]
-        self._all = re2.Set.SearchSet(options)
-        for pattern in patterns.values():
-            self._all.Add(pattern)
-        self._all.Add("")  # matches always: no match at all means that the automaton ran out of memory
-        self._all.Compile()
+        self._each = [_compile(number, pattern, options) for number, pattern in patterns.items()]
+        self._all = _compile_all([*patterns.values(), ""], options)
 
     def found(self, text: str) -> list[int]:
         """The numbers of the patterns that are found in the text."""
         if not self._numbers:
             return []
-        places = self._all.Match(text)
-        if not places:
+        places = self._all.Match(text) if self._all else ()
+        if not places:  # not even the empty pattern: there was not memory enough for all at once
             return [number for number, each in zip(self._numbers, self._each, strict=True) if each.search(text)]
         return [self._numbers[place] for place in places if place < len(self._numbers)]
+
+
+def _compile(number: int, pattern: str, options: re2.Options) -> Any:
+    try:
+        return re2.compile(pattern, options)
+    except re2.error:  # its syntax was checked when the job was made
+        where = f"dataset.labelling.rules[{number}]"
+        raise UserError(Reason.DATA_INVALID, f"{where}: its pattern is too large; repeat less in it") from None
+
+
+def _compile_all(patterns: Sequence[str], options: re2.Options) -> Any:
+    """One automaton for all; None if it would be too large."""
+    found = re2.Set.SearchSet(options)
+    for pattern in patterns:
+        found.Add(pattern)
+    try:
+        found.Compile()
+    except re2.error:
+        return None
+    return found
 
 
 def _pattern(rule: LabelRule) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from finetune_api.dataset import DataFormat
 from finetune_api.report import DataReport, FileReport, LabellingReport, LengthReport, SourceReport
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
@@ -95,18 +96,20 @@ class Findings:
             cleaning=self.survey.log.cleaning.report(),
             personal_data=self.survey.log.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
-            labelling=self._labelling() if self.survey.labels else None,
+            labelling=self._labelling(),
             lengths=self.lengths.report(),
         )
 
-    def _labelling(self) -> LabellingReport:
+    def _labelling(self) -> LabellingReport | None:
+        if not any(opened.format is DataFormat.LABELLED_TEXT for opened in self.sources):
+            return None
         log, rules = self.survey.log.labelling, self.survey.log.labelling.rules.report()
         return LabellingReport(
             aliases=dict(log.aliases) or None,
             weak_rows=dict(self.survey.weak) if rules else None,
             rule_rows=log.rules.rows if rules else None,
             by_rule=rules or None,
-            balance=balance(self.survey.labels[Split.TRAIN], self.labels) if self.labels else None,
+            balance=balance(self.survey.labels.get(Split.TRAIN, {}), self.labels or ()),
             conflicts=self.survey.conflicts,
         )
 
