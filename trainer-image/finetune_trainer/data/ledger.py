@@ -1,6 +1,6 @@
 """What is decided about rows without their texts: a few numbers for each, whatever its length.
 
-31 bytes a row are all of it that memory holds.
+30 bytes a row are all of it that memory holds.
 """
 
 from array import array
