@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.dataset import CleanSpec, Columns, DataFormat, PersonalDataSpec
+from finetune_api.dataset import CleanSpec, Columns, DataFormat, LabellingSpec, PersonalDataSpec
 from finetune_api.spec import (
     Gate,
     LoraVariant,
@@ -69,6 +69,7 @@ class PlanDataset(Document):
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    labelling: LabellingSpec | None = None
     clean: CleanSpec | None = None
     personal_data: PlanPersonalData | None = None
     max_rejected: float = 0
@@ -147,6 +148,7 @@ class Plan(Document):
     stage: Stage
     job: JobReference
     workspace: str = Field(description="Folder with model/ adapter/ data/ checkpoints/ artifacts/ report/.")
+    cache: str | None = Field(None, description="Folder with prepared data of earlier jobs, on the volume of the workspace. None: nothing is kept.")
     task: Task
     model: PlanModel
     dataset: PlanDataset

@@ -82,6 +82,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         stage=stage,
         job=JobReference(namespace=resource.key.namespace, name=resource.key.name, uid=resource.uid),
         workspace=layout.workspace(resource, spec),
+        cache=layout.cache(spec) if stage is Stage.PREPARE else None,
         task=spec.task,
         model=PlanModel(
             location=_location(layout, spec.model, stage is Stage.PREPARE),
@@ -151,6 +152,7 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
         test=split(spec.dataset.test, "test"),
         labels=spec.dataset.labels,
+        labelling=spec.dataset.labelling,
         clean=spec.dataset.clean,
         personal_data=_personal_data(spec, stage, layout),
         max_rejected=spec.dataset.max_rejected,
