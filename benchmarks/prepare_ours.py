@@ -19,7 +19,7 @@ from finetune_operator.plans import build_plan
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.report import Findings
 from finetune_trainer.data.spool import Spool
-from finetune_trainer.prepare import Run, read_data
+from finetune_trainer.prepare import Run, fetch_data, read_data
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.workspace import Workspace
 
@@ -53,12 +53,13 @@ def main() -> None:
     telemetry = Telemetry(Stage.PREPARE, plan.job, port=None)
     started, cpu = time.perf_counter(), cpu_seconds()
     with Quarantine(workspace.report / QUARANTINE) as quarantine, Spool(folder / "spool") as spool:
-        findings = Findings(max_length=plan.training.max_length)
-        rows = read_data(Run(plan, workspace, telemetry, quarantine, findings), folder / "downloads", spool)
+        this = Run(plan, workspace, telemetry, quarantine, Findings(max_length=plan.training.max_length))
+        fetch_data(this, folder / "downloads")
+        rows = read_data(this, spool)
         with (folder / "kept.jsonl").open("w", encoding="utf-8") as out:
             for row in rows.placed():
                 out.write(json.dumps({"id": row.line, "text": row.example.text}, ensure_ascii=False) + "\n")
-        report = findings.report(quarantine)
+        report = this.report()
     figures = {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": cpu_seconds() - cpu,

@@ -48,7 +48,7 @@ class Columns(Document):
 
 class Source(Document):
     rules: ClassVar = uri_rules()
-    uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd or bz2. {URI_HELP}.")
+    uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd, bz2 or xz. {URI_HELP}.")
     format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row.")
     columns: Columns | None = Field(None, description="Column names, where they differ from the usual ones.")
     secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
