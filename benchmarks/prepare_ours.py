@@ -11,11 +11,9 @@ from typing import Any
 
 from bench import cpu_seconds
 from finetune_api.constants import Stage
+from finetune_api.plan import Plan
 from finetune_api.report import QUARANTINE
 from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.local import LocalLayout
-from finetune_operator.observed import Resource
-from finetune_operator.plans import build_plan
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.report import Findings
 from finetune_trainer.data.spool import Spool
@@ -39,16 +37,25 @@ DATASET: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def make_plan(source: Path, folder: Path) -> Plan:
+    """As `finetune run` makes it."""
+    from finetune_operator.local import LocalLayout  # here: worker processes import this file, too
+    from finetune_operator.observed import Resource
+    from finetune_operator.plans import build_plan
+
     spec = {
         "task": "Generation",
         "model": {"uri": "hf://none/needed"},
         "dataset": {"sources": [{"uri": f"file://{source.name}", "format": "Text"}], **DATASET},
     }
     resource = Resource.read({"metadata": {"namespace": "benchmark", "name": "ours", "uid": "0001"}, "spec": spec})
-    layout = LocalLayout(folder, source.parent)
-    plan = build_plan(resource, FineTuneJobSpec.model_validate(spec), Stage.PREPARE, layout)
+    parsed = FineTuneJobSpec.model_validate(spec)
+    return build_plan(resource, parsed, Stage.PREPARE, LocalLayout(folder, source.parent))
+
+
+def main() -> None:
+    source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    plan = make_plan(source, folder)
     workspace = Workspace(folder)
     telemetry = Telemetry(Stage.PREPARE, plan.job, port=None)
     started, cpu = time.perf_counter(), cpu_seconds()
