@@ -28,6 +28,7 @@ from finetune_trainer.data.personal_data.protect import detectors
 
 SENTENCES_BY_HAND = Path(__file__).with_name("personal_data_sentences.txt")
 MARKED = re.compile(r"«([^»|]*)\|(\w+)»")
+KINDS = [kind for kind in Kind if kind is not Kind.PERSON_NAME]  # it needs a model
 COUNTRIES = ["US", "GB", "DE", "FR", "ES", "IT", "NL", "PL"]
 Value = tuple[int, int, str]
 
@@ -75,7 +76,7 @@ def score(texts: list[Labelled], finder: Finder) -> dict[str, Score]:
         values = {(match.start, match.end, str(match.kind)) for match in finder.find(text.text)}
         for counter, some in ((right, values & text.values), (found, values), (there, text.values)):
             counter.update(kind for _, _, kind in some)
-    return {kind.value: Score(right[kind], found[kind], there[kind]) for kind in Kind}
+    return {kind.value: Score(right[kind], found[kind], there[kind]) for kind in KINDS}
 
 
 def written_by_hand() -> list[Labelled]:
@@ -272,11 +273,10 @@ FILLER = "The committee met again and agreed that the figures for the quarter we
 def seeded(count: int, seed: int = 7) -> Iterator[Labelled]:
     """Texts of some sentences: one in three has a value, one in three a hard negative."""
     pick = random.Random(seed)
-    kinds = [*Kind]
     for _ in range(count):
         parts = []
         for _ in range(pick.randrange(3, 9)):
-            filled = pick.choice([lambda: value(pick, pick.choice(kinds)), lambda: negative(pick), lambda: ""])()
+            filled = pick.choice([lambda: value(pick, pick.choice(KINDS)), lambda: negative(pick), lambda: ""])()
             parts.append(pick.choice(SENTENCES).format(filled) if filled else FILLER.strip())
         yield labelled("\n".join(parts))
 

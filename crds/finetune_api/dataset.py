@@ -171,6 +171,7 @@ class PersonalDataKind(StrEnum):
     IP_ADDRESS = "IPAddress"
     URL_CREDENTIALS = "UrlCredentials"
     SECRET = "Secret"
+    PERSON_NAME = "PersonName"
 
 
 class PersonalDataPattern(Document):
@@ -190,8 +191,9 @@ class PersonalDataSpec(Document):
         description="What is done with what is found. Redact: a placeholder such as [EMAIL] takes its place. Pseudonymize: one that is the same for the same value, such as [EMAIL_5f0e8d3c21b7a964] "
         "(HMAC-SHA256 with the key of keySecretRef). Reject: the row is left out. Keep: it is only counted."
     )
-    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=8), AfterValidator(_once)] | None = Field(
-        None, description="What is looked for. Left out: all. Numbers count only if their check digits are right.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=9), AfterValidator(_once)] | None = Field(
+        None, description="What is looked for. Left out: all but PersonName. Numbers count only if their check digits are right. PersonName needs a trainer image with Presidio "
+        "and a language model, and takes many times as long as all others.", json_schema_extra={"x-kubernetes-list-type": "set"}
     )
     countries: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$", max_length=2)]], Field(min_length=1, max_length=32), AfterValidator(_once)] | None = Field(
         None, description="Countries (ISO 3166, such as DE) whose phone numbers are also found without +, and whose national ids are looked for. Left out: phone numbers with + only, and "

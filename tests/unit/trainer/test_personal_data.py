@@ -178,7 +178,7 @@ def test_placeholders_say_the_kind():
     text = "a@b.example 4111111111111111 93.184.216.34 http://u:pw12345@h/ E-77"
     this = protector(action="Redact", patterns=[{"name": "STAFF", "pattern": "E-[0-9]+"}])
     assert protected(text, this) == "[EMAIL] [CREDIT_CARD] [IP_ADDRESS] http://[URL_CREDENTIALS]/ [STAFF]"
-    assert {kind.value for kind in PersonalDataKind} == {
+    assert {kind.value for kind in PersonalDataKind} - {"PersonName"} == {
         str(d.kind) for d in detectors(PersonalDataSpec(action="Keep"))
     }
     assert protected(text, protector(action="Keep")) == text
