@@ -177,6 +177,8 @@ def same_job(documents: int, ours: dict[str, Any], theirs: dict[str, Any]) -> It
         ("text_length_filter", ("too short", "too long", "empty once cleaned")),
         ("word_repetition_filter", ("repeats itself",)),
         ("language_id_score_filter", ("other language",)),
+        ("document_deduplicator", ("duplicate",)),
+        ("document_minhash_deduplicator", ("near duplicate",)),
     ):
         ours_dropped = sum(ours["dropped"].get(reason, 0) for reason in reasons)
         yield f"| dropped: {' or '.join(reasons[:2])} | {ours_dropped} | {dropped[operator]} |"

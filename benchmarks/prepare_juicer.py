@@ -34,6 +34,16 @@ OPERATORS = [
             "extra_patterns": [[CARDS, "[CARD_REDACTED]"]],
         }
     },
+    {"document_deduplicator": {}},
+    {
+        "document_minhash_deduplicator": {
+            "tokenization": "space",
+            "window_size": 3,
+            "lowercase": True,
+            "num_permutations": 128,
+            "jaccard_threshold": 0.7,
+        }
+    },
 ]
 DONE = re.compile(r"OP \[(\w+)\] Done in ([\d.]+)s\. Left (\d+) samples")
 

@@ -14,12 +14,16 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.report import QUARANTINE
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.data.duplicates.search import SignatureFiles
+from finetune_trainer.data.pipeline import Rows
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.report import Findings
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.prepare import Run, fetch_data, read_data
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.workspace import Workspace
+
+SIMILARITY = 0.7
 
 DATASET: dict[str, Any] = {
     "validation": {"fraction": 0.01},
@@ -33,6 +37,7 @@ DATASET: dict[str, Any] = {
         "maxRepetition": 0.2,
         "languages": ["en", "de", "fr", "es"],
     },
+    "duplicates": {"similarity": SIMILARITY},
     "personalData": {"action": "Redact", "kinds": ["Email", "Phone", "CreditCard", "IPAddress", "Secret"]},
 }
 
@@ -59,10 +64,14 @@ def main() -> None:
     workspace = Workspace(folder)
     telemetry = Telemetry(Stage.PREPARE, plan.job, port=None)
     started, cpu = time.perf_counter(), cpu_seconds()
-    with Quarantine(workspace.report / QUARANTINE) as quarantine, Spool(folder / "spool") as spool:
+    with (
+        Quarantine(workspace.report / QUARANTINE) as quarantine,
+        Spool(folder / "spool") as spool,
+        SignatureFiles(folder / "signatures", SIMILARITY) as signatures,
+    ):
         this = Run(plan, workspace, telemetry, quarantine, Findings(max_length=plan.training.max_length))
         fetch_data(this, folder / "downloads")
-        rows = read_data(this, spool)
+        rows = read_data(this, Rows(this.findings.sources, spool, signatures))
         with (folder / "kept.jsonl").open("w", encoding="utf-8") as out:
             for row in rows.placed():
                 out.write(json.dumps({"id": row.line, "text": row.example.text}, ensure_ascii=False) + "\n")
