@@ -55,16 +55,19 @@ def heading(report: DataReport, job: str) -> Markup:
 
 
 def sentences(report: DataReport) -> list[str]:
-    """The report in at most four of them."""
+    """The report in a few of them."""
     summary = report.summary
+    said = []
+    if any(finding.level is Level.ERROR for finding in report.findings):
+        said.append("This data cannot be trained on before the errors below are mended.")
     if not summary.rows_read:
-        return ["No row was read."]
+        return [*said, "No row was read."]
     kept = f"{counted(summary.rows_read, 'row')} read, {share(summary.rows_kept, summary.rows_read)} kept"
     if summary.rows_kept:
         splits = [("to train on", summary.train_rows), ("for validation", summary.validation_rows)]
         splits += [("for test", summary.test_rows)] if summary.test_rows else []
         kept += ": " + ", ".join(f"{compact(rows)} {name}" for name, rows in splits)
-    said = [f"{kept}."]
+    said.append(f"{kept}.")
     if report.sample and not report.sample.complete:
         limit = report.sample.rows_per_source or 0
         said.append(
@@ -76,9 +79,8 @@ def sentences(report: DataReport) -> list[str]:
     if summary.tokens:
         text = f"The training rows hold {counted(summary.tokens, 'token')}"
         if summary.truncated_rows:
-            text += (
-                f"; {share(summary.truncated_rows, summary.train_rows)} of them are cut at {count(summary.max_length)}"
-            )
+            cut = share(summary.truncated_rows, summary.train_rows)
+            text += f"; {cut} of the rows are cut at {count(summary.max_length)} tokens"
         said.append(f"{text}.")
     return said
 
