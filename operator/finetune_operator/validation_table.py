@@ -28,7 +28,7 @@ def print_validation(console: Console, validation: Validation) -> None:
         where = f"{validation.manifest}:{found.line}" if found.line else validation.manifest
         line = Text(f"{where}: ")
         line.append(found.level, STYLES[found.level])
-        line.append(": ".join(filter(None, ("", found.field, found.message))))
+        line.append("".join(f": {part}" for part in (found.field, found.message) if part))
         console.print(line, soft_wrap=True)
     console.print(Text(_verdict(validation), "green" if validation.valid else "red"), soft_wrap=True)
     if validation.data is not None:
@@ -54,22 +54,23 @@ def _print_data(console: Console, data: DataReport) -> None:
     _counts(console, "Splits", "split", splits)
     _counts(console, "Left out", "reason", data.rejections)
     if data.labels:
-        names = list(data.labels)
+        names = [name for name in splits if name in data.labels]
         labels = dict.fromkeys(label for counts in data.labels.values() for label in counts)
         rows = [[label, *(f"{data.labels[name].get(label, 0):,}" for name in names)] for label in labels]
         _table(console, "Labels", ["label", *names], rows)
     if data.lengths is not None:
         found = data.lengths
         points = {"half": found.p50, "9 of 10": found.p90, "99 of 100": found.p99, "all": found.longest}
-        _counts(console, f"Tokens, {summary.truncated_rows:,} rows cut at {summary.max_length:,}", "rows up to", points)
+        title = f"Tokens of a training row: {summary.truncated_rows:,} rows are cut at {summary.max_length:,}"
+        _counts(console, title, "of the rows", points, "at most")
     if data.personal_data is not None:
-        _counts(console, f"Personal data: {data.personal_data.action}", "kind", data.personal_data.found)
+        _counts(console, f"Personal data: {data.personal_data.action}", "kind", data.personal_data.found, "values")
     rows = [[s.uri, s.format, s.file.kind, f"{s.rows_read:,}", f"{s.rows_rejected:,}"] for s in data.sources]
     _table(console, "Sources", ["file", "rows look like", "kind", "read", "left out"], rows, text_columns=3)
 
 
-def _counts(console: Console, title: str, name: str, counts: Mapping[str, int]) -> None:
-    _table(console, title, [name, ""], [[key, f"{number:,}"] for key, number in counts.items()])
+def _counts(console: Console, title: str, name: str, counts: Mapping[str, int], unit: str = "rows") -> None:
+    _table(console, title, [name, unit], [[key, f"{number:,}"] for key, number in counts.items()])
 
 
 def _table(
@@ -78,12 +79,12 @@ def _table(
     """Nothing if it has no rows."""
     if not rows:
         return
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE if console.is_terminal else None)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < text_columns else "right", overflow="fold")
     for row in rows[:MOST_ROWS]:
         table.add_row(*(Text(cell) for cell in row))
-    console.print()
+    console.print(Text(f"\n{title}", "bold"), soft_wrap=True)
     console.print(table)
     if len(rows) > MOST_ROWS:
         console.print(f"  and {len(rows) - MOST_ROWS:,} more")

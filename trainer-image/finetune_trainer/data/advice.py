@@ -76,18 +76,14 @@ def warnings_of(report: DataReport, invalid: int, max_rejected: float) -> list[D
             message = f"{name} is read as {encoding}, which is a guess: look at some rows, or save the file as UTF-8"
             advice.warn(Remark.ENCODING_GUESSED, message, source.field)
     if summary.truncated_rows:
-        cut = f"{_rows(summary.truncated_rows)} of {summary.train_rows:,} to train on"
-        message = f"{cut}: longer than {summary.max_length:,} tokens, the rest of them is not seen"
+        cut = f"{summary.truncated_rows:,} of {summary.train_rows:,} training rows"
+        message = f"{cut} are cut at {summary.max_length:,} tokens: what is beyond is not learned"
         advice.warn(Remark.ROWS_TRUNCATED, message, "training.maxLength", summary.truncated_rows)
     found = report.personal_data
     if found is not None and found.rows and found.action == PersonalDataAction.KEEP:
-        message = f"personal data stays in {_rows(found.rows)}"
+        message = f"rows in which personal data stays: {found.rows:,}"
         advice.warn(Remark.PERSONAL_DATA_KEPT, message, "dataset.personalData.action", found.rows)
     return advice.findings
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row{'' if number == 1 else 's'}"
 
 
 def _split(message: str) -> tuple[str | None, str]:

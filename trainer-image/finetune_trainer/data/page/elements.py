@@ -20,8 +20,16 @@ Cell = str | int | Number | Markup
 
 
 def fill(template: str, *values: object, **named: object) -> Markup:
-    """The template, which must be a literal, with the values escaped unless they are Markup."""
-    return Markup(template).format(*values, **named)
+    """The template, which must be a literal, with the values escaped and made visible unless they are Markup."""
+    shown = {name: _visible(value) for name, value in named.items()}
+    return Markup(template).format(*map(_visible, values), **shown)
+
+
+def _visible(value: object) -> Markup:
+    """Escaped, with characters that cannot be seen, or are none, spelled out."""
+    if isinstance(value, Markup):
+        return value
+    return escape("".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in str(value)))
 
 
 def join(parts: Sequence[Markup]) -> Markup:
@@ -29,8 +37,8 @@ def join(parts: Sequence[Markup]) -> Markup:
 
 
 def words(value: str) -> Markup:
-    """Text from the data: in its own direction, with characters that cannot be seen spelled out."""
-    return fill("<bdi>{}</bdi>", "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in value))
+    """Text from the data, in its own direction."""
+    return fill("<bdi>{}</bdi>", value)
 
 
 def count(number: int) -> str:

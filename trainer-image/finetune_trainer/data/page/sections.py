@@ -90,7 +90,7 @@ def findings(report: DataReport) -> Markup | None:
         return None
     items = [
         fill(
-            '<li><b class="{}">{}</b>{}{}</li>',
+            '<li><b class="{}">{}</b> {}{}</li>',
             LEVEL_STYLES[finding.level],
             finding.level,
             fill("<code>{}</code> ", words(finding.field)) if finding.field else Markup(""),
