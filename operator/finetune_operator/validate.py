@@ -83,8 +83,7 @@ def validate(request: Request) -> Validated:
             for problem in error.found
         ]
         return _validated(request, None, wrong, None)
-    layout = _SampleLayout(Path(tempfile.gettempdir()), request)
-    found = [*_cluster_only(job), *layout.out_of_reach(job)]
+    found = [*_cluster_only(job), *_out_of_reach(job, request)]
     if any(finding.level is Level.ERROR for finding in found):
         return _validated(request, job, _located(request.file, found), None)
     if request.report is not None:
@@ -111,18 +110,18 @@ class _SampleLayout(LocalLayout):
         except RunError:
             return Location(uri=uri)
 
-    def out_of_reach(self, job: FineTuneJob) -> Iterator[DataFinding]:
-        """Sources without which nothing can be judged, and the model, without which the data alone is."""
-        for found in LocalLayout.findings(self, job.spec):
-            if found.field.startswith("spec.dataset."):
-                yield DataFinding(
-                    level=Level.ERROR, reason=Reason.DATA_NOT_FOUND, field=found.field, message=found.message
-                )
-            elif found.field.startswith("spec.model."):
-                message = f"{found.message}. Without it tokens are not counted"
-                yield DataFinding(
-                    level=Level.WARNING, reason=Remark.MODEL_UNREACHABLE, field=found.field, message=message
-                )
+
+def _out_of_reach(job: FineTuneJob, request: Request) -> Iterator[DataFinding]:
+    """Sources without which nothing can be judged, and the model, without which the data alone is. Whatever else the
+    job would need is not needed here.
+    """
+    layout = LocalLayout(Path(tempfile.gettempdir()), request.file.parent, request.volumes, request.secrets)
+    for found in layout.findings(job.spec):
+        if found.field.startswith("spec.dataset."):
+            yield DataFinding(level=Level.ERROR, reason=Reason.DATA_NOT_FOUND, field=found.field, message=found.message)
+        elif found.field.startswith("spec.model."):
+            message = f"{found.message}. Without it tokens are not counted"
+            yield DataFinding(level=Level.WARNING, reason=Remark.MODEL_UNREACHABLE, field=found.field, message=message)
 
 
 def _cluster_only(job: FineTuneJob) -> Iterator[DataFinding]:
@@ -206,6 +205,8 @@ def _failure(ended: _Ended) -> list[DataFinding]:
     if ended.code == ExitCode.DONE:
         return []
     reason, message = Reason.STAGE_FAILED, f"the data could not be judged: exit code {ended.code}"
+    if ended.code < 0:
+        message = f"the data could not be judged: its process was ended by {signal.Signals(-ended.code).name}"
     if ended.result is not None and ended.result.message:
         reason, message = ended.result.reason or reason, ended.result.message
     return [DataFinding(level=Level.ERROR, reason=reason, message=message)]

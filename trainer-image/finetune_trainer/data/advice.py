@@ -65,9 +65,8 @@ def warnings_of(report: DataReport, invalid: int, max_rejected: float) -> list[D
     """What the report itself gives reason to say. `invalid`: rows that count against dataset.maxRejected."""
     summary, advice = report.summary, Advice()
     if 0 < invalid <= max_rejected * summary.rows_read:
-        message = (
-            f"{_rows(invalid)} of {summary.rows_read:,} cannot be used and are left out; quarantine.jsonl has them"
-        )
+        shown = f"{invalid:,} of {summary.rows_read:,} rows"
+        message = f"{shown} cannot be used: they are left out, and listed in quarantine.jsonl"
         advice.warn(Remark.ROWS_REJECTED, message, "dataset.maxRejected", invalid)
     for source in report.sources:
         encoding = source.file.encoding
