@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from finetune_api.base import Document
 from finetune_api.constants import Reason
 from finetune_api.report import (
     CleaningReport,
@@ -11,6 +12,7 @@ from finetune_api.report import (
     CleaningStep,
     DataFinding,
     DataReport,
+    DuplicateReport,
     FileReport,
     LabellingReport,
     LengthReport,
@@ -24,6 +26,7 @@ from finetune_api.report import (
 from finetune_api.status import DataStatus, ModelStatus
 from finetune_trainer.data.page import render_html
 from finetune_trainer.data.page.charts import histogram
+from finetune_trainer.data.page.other import document_section
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,6 +121,17 @@ def full(name: str = "good", **changes) -> DataReport:
             languages={name: 5},
         ),
         "personal_data": PersonalDataReport(action=name, rows=3, found={name: 4}),
+        "duplicates": DuplicateReport(
+            similarity=0.8,
+            exact_rows=300,
+            near_rows=512,
+            rows_dropped=812,
+            held_out_rows=122,
+            groups=4,
+            largest_group=31,
+            group_sizes={name: 3, "10 to 99": 1},
+            note=name,
+        ),
         "labels": {"train": {name: 7_000, "bad": 3_000}, "validation": {name: 800, "bad": 300}},
         "labelling": LabellingReport(
             aliases={name: 3}, by_rule={name: RuleReport(votes=9, overlaps=1, conflicts=0, judged=4, right=3)}
@@ -138,7 +152,7 @@ def test_a_person_in_a_hurry_reads_the_top():
 def test_every_part_has_a_section():
     headings = Page(render_html(full(), "headlines")).headings
     assert headings == [
-        "headlines", "Splits", "Rows left out", "Labels", "Lengths", "Cleaning", "Personal data", "Labelling", "Sources",
+        "headlines", "Splits", "Rows left out", "Duplicates", "Labels", "Lengths", "Cleaning", "Personal data", "Labelling", "Sources",
         "Where it comes from",
     ]  # fmt: skip
 
@@ -256,3 +270,40 @@ def test_a_histogram_says_in_words_what_it_draws():
     assert "2 to 3 tokens: 20 rows" in drawn.text
     assert "longest allowed: 4" in drawn.text
     assert Page(str(histogram([1, 2], [0], "nothing", "tokens", limit=90))).text.count("longest allowed") == 0
+
+
+class Buckets(Document):
+    edges: list[int]
+    rows: list[int]
+
+
+class Part(Document):
+    kept_share: float
+    tokens_per_word: float
+    in_use: bool
+    by_name: dict[str, Buckets | None]
+    histogram: Buckets
+
+
+def test_a_part_without_a_section_of_its_own_is_shown_by_its_fields():
+    part = Part(
+        kept_share=0.25,
+        tokens_per_word=1.3125,
+        in_use=True,
+        by_name={},
+        histogram=Buckets(edges=[1, 2, 4], rows=[3, 9]),
+    )
+    page = Page(str(document_section("A new part", part, note="What it is.", limit=3)))
+    assert page.headings == ["A new part"]
+    assert (
+        "What it is. Kept share 25.0 % Tokens per word 1.312 In use yes Histogram 1 tokens: 3 rows"
+        in page.text.replace("1 to 1", "1")
+    )
+    assert "longest allowed: 3" in page.text
+
+
+def test_the_trainers_own_duplicates_are_told():
+    page = Page(render_html(full(), "x"))
+    assert "812 duplicates left out by dataset.duplicates." in page.text
+    assert "Similar to an earlier row 512 4.1 % The same as an earlier row 300 2.4 %" in page.text
+    assert "the largest of 31 rows" in page.text

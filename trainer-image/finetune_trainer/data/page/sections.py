@@ -30,7 +30,7 @@ TAB = "\t"
 LEVEL_STYLES = {Level.ERROR: "error", Level.WARNING: "warning"}
 OWN_SECTIONS = {
     *("summary", "findings", "sample", "reused", "model", "sources", "ignored_files", "rejections"),
-    *("cleaning", "personal_data", "labels", "lengths"),
+    *("cleaning", "personal_data", "labels", "lengths", "duplicates"),
 }
 """Fields of the report that the functions here show; any other gets a section by its own description."""
 
@@ -134,6 +134,29 @@ def rejections(report: DataReport) -> Markup | None:
         bars("By reason", "Reason", report.rejections, report.summary.rows_read, hue=3),
         note="Each of them stands in quarantine.jsonl with its file and line. Shares are of all rows read.",
     )
+
+
+def duplicates(report: DataReport) -> Markup | None:
+    found = report.duplicates
+    if found is None:
+        return None
+    kinds = {"The same as an earlier row": found.exact_rows}
+    kinds |= {"Similar to an earlier row": found.near_rows} if found.near_rows is not None else {}
+    kinds |= {"In a validation or test source, too": found.held_out_rows}
+    note = f"{counted(found.rows_dropped, 'duplicate')} left out by dataset.duplicates."
+    body = [bars("Rows that say what another row says", "Row", kinds, report.summary.rows_read)]
+    if found.group_sizes:
+        most = max(found.group_sizes.values())
+        sizes: list[list[Cell]] = [
+            [f"{size} rows", groups, bar(groups, most)] for size, groups in found.group_sizes.items()
+        ]
+        title = (
+            f"Groups of similar rows, the largest of {counted(found.largest_group, 'row')}; a group goes to one split"
+        )
+        body.append(table(title, ["Size of the group", "Groups", ""], sizes))
+    if found.note:
+        body.append(fill("<p>{}</p>", found.note))
+    return section("Duplicates", *body, note=note)
 
 
 def labels(report: DataReport) -> Markup | None:
@@ -293,6 +316,7 @@ SECTIONS: tuple[Callable[[DataReport], Markup | None], ...] = (
     numbers,
     splits,
     rejections,
+    duplicates,
     labels,
     lengths,
     cleaning,

@@ -31,7 +31,7 @@ code, .sample { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace
   overflow-wrap: anywhere; }
 .sample { white-space: pre-wrap; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: 0 0 .4rem; }
+table { border-collapse: collapse; width: 100%; margin: 0 0 .8rem; }
 caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top;
   font-weight: normal; }
@@ -51,10 +51,11 @@ td:last-child:has(.bar) { width: 45%; } td:has(.bar) ~ td:last-child:has(.bar) {
 .tiles dt, .facts dt { color: var(--soft); font-size: .9rem; }
 .tiles dd { margin: 0; } .tiles strong { display: block; font-size: 1.6rem; line-height: 1.3; }
 .tiles span { color: var(--soft); font-size: .85rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .6rem 1.5rem; margin: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .6rem 1.5rem; margin: 0 0 .8rem; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 footer { padding-bottom: 2.5rem; }
+li { overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light;
     --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee;
     --hue1: #2f6fb7; --hue2: #1f8a70; --hue3: #b4651d; --error: #b3261e; --warning: #8a5a00; --good: #1d7048; }
