@@ -11,7 +11,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from finetune_api.validation import Validation
+from finetune_api.constants import ExitCode
+from finetune_api.report import Remark
+from finetune_api.validation import Validation, ValidationFinding
 from finetune_operator import cli, validate
 
 from tests import fake_trainer
@@ -257,3 +259,11 @@ def test_a_report_folder_that_cannot_be_made_is_told_before_the_work(file, tmp_p
     (tmp_path / "plain").touch()
     assert cli.main(["validate", str(file), "--report", str(tmp_path / "plain" / "report")]) == 1
     assert "plain" in capsys.readouterr().err
+
+
+def test_the_document_and_its_constants_are_explained():
+    page = (Path(__file__).parents[3] / "docs" / "validate.md").read_text()
+    assert [remark for remark in Remark if f"| `{remark}` |" not in page] == []
+    assert [field.alias for field in Validation.model_fields.values() if f"`{field.alias}" not in page] == []
+    assert [field.alias for field in ValidationFinding.model_fields.values() if f"`{field.alias}`" not in page] == []
+    assert [code for code in ExitCode if f"| {code:d} |" not in page] == []

@@ -295,10 +295,7 @@ def test_a_part_without_a_section_of_its_own_is_shown_by_its_fields():
     )
     page = Page(str(document_section("A new part", part, note="What it is.", limit=3)))
     assert page.headings == ["A new part"]
-    assert (
-        "What it is. Kept share 25.0 % Tokens per word 1.312 In use yes Histogram 1 tokens: 3 rows"
-        in page.text.replace("1 to 1", "1")
-    )
+    assert "What it is. Kept share 25.0 % Tokens per word 1.312 In use yes Histogram 1 tokens: 3 rows" in page.text
     assert "longest allowed: 3" in page.text
 
 

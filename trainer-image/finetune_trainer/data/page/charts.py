@@ -26,7 +26,7 @@ def histogram(edges: Sequence[int], rows: Sequence[int], label: str, unit: str, 
             fill(
                 '<rect class="column" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>',
                 *_units(LEFT + number * step + 1, floor - height, max(step - 2, 1), height),
-                f"{count(edges[number])} to {count(edges[number + 1] - 1)} {unit}: {count(value)} rows",
+                f"{bucket(edges, number)} {unit}: {count(value)} rows",
             )
         )
     every = -(-len(edges) // MOST_MARKS)
@@ -53,13 +53,19 @@ def histogram(edges: Sequence[int], rows: Sequence[int], label: str, unit: str, 
     )
 
 
+def bucket(edges: Sequence[int], number: int) -> str:
+    """'1', '2 to 3'"""
+    first, last = edges[number], edges[number + 1] - 1
+    return count(first) if first == last else f"{count(first)} to {count(last)}"
+
+
 def _limit(edges: Sequence[int], limit: int | None, step: float) -> Markup:
     """The line, where it is within the plot: between two edges in proportion."""
     if limit is None or len(edges) < 2 or not edges[0] <= limit < edges[-1]:
         return Markup("")
-    bucket = max(number for number, edge in enumerate(edges[:-1]) if edge <= limit)
-    inner = (limit - edges[bucket]) / max(edges[bucket + 1] - edges[bucket], 1)
-    x = LEFT + (bucket + inner) * step
+    inside = max(number for number, edge in enumerate(edges[:-1]) if edge <= limit)
+    inner = (limit - edges[inside]) / max(edges[inside + 1] - edges[inside], 1)
+    x = LEFT + (inside + inner) * step
     return fill(
         '<line class="limit" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>'
         '<text x="{0}" y="{3}" text-anchor="{4}">longest allowed: {5}</text>',

@@ -6,7 +6,7 @@ from typing import Any
 from finetune_api.base import Document
 from markupsafe import Markup
 
-from finetune_trainer.data.page.charts import histogram
+from finetune_trainer.data.page.charts import bucket, histogram
 from finetune_trainer.data.page.elements import (
     MOST_ROWS,
     Cell,
@@ -72,7 +72,7 @@ def _histogram(document: Document, limit: int | None) -> list[Markup]:
     match document.to_dict():
         case {"edges": [_, *_] as edges, "rows": [_, *_] as rows} if len(edges) == len(rows) + 1:
             most = max(range(len(rows)), key=rows.__getitem__)
-            label = f"Histogram of tokens per row; the most rows have {edges[most]} to {edges[most + 1] - 1} tokens"
+            label = f"Histogram of tokens per row; the most rows have {bucket(edges, most)} tokens"
             return [histogram(edges, rows, label, "tokens", limit)]
     return []
 

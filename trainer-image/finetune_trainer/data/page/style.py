@@ -51,7 +51,8 @@ td:last-child:has(.bar) { width: 45%; } td:has(.bar) ~ td:last-child:has(.bar) {
 .tiles dt, .facts dt { color: var(--soft); font-size: .9rem; }
 .tiles dd { margin: 0; } .tiles strong { display: block; font-size: 1.6rem; line-height: 1.3; }
 .tiles span { color: var(--soft); font-size: .85rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .6rem 1.5rem; margin: 0 0 .8rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .6rem 1.5rem;
+  margin: 0 0 .8rem; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 footer { padding-bottom: 2.5rem; }
