@@ -52,7 +52,12 @@ def _print_data(console: Console, data: DataReport) -> None:
     console.print(Text(f"\n{read}"), soft_wrap=True)
     splits = {"train": summary.train_rows, "validation": summary.validation_rows, "test": summary.test_rows}
     _counts(console, "Splits", "split", splits)
-    _counts(console, "Left out", "reason", data.rejections)
+    _counts(
+        console,
+        "Left out (file and line of each: quarantine.jsonl in the folder of --report)",
+        "reason",
+        data.rejections,
+    )
     if data.labels:
         names = [name for name in splits if name in data.labels]
         labels = dict.fromkeys(label for counts in data.labels.values() for label in counts)

@@ -106,7 +106,7 @@ class TestWithTheTrainer:
         assert lines[1].startswith(f"{file}:8: Warning: spec.model.uri: a cluster would refuse it")
         assert lines[3] == f"{file}: demo is not valid: 1 error, 2 warnings"
         assert "100 rows read, 90 kept" in lines
-        assert "Left out" in lines
+        assert [line for line in lines if line.startswith("Left out (file and line of each: quarantine.jsonl")]
         assert "\x1b" not in done.stdout
         names = {path.name for path in (tmp_path / "out" / "report").iterdir()}
         assert names == {"data.json", "data.html", "quarantine.jsonl"}
