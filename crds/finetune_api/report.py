@@ -22,7 +22,7 @@ class FileReport(Document):
     """How a file was read: recognised by its content."""
 
     kind: str = Field(description="JSONL, JSON, CSV, Text, Parquet, Arrow or ArrowStream.")
-    compression: str | None = Field(None, description="gzip, zstd or bz2.")
+    compression: str | None = Field(None, description="gzip, zstd, bz2 or xz.")
     encoding: str | None = Field(None, description="Python's name of it. One that is not UTF-8 and has no byte order mark is an informed guess.")
     delimiter: str | None = Field(None, description="Between the fields of a CSV file.")
 
