@@ -29,7 +29,8 @@ class SourceReport(Document):
     field: str = Field(description="Where it stands in the spec, for example dataset.sources[0].")
     uri: str
     sha256: str = Field(description="Hash of the file's bytes.")
-    format: str
+    format: str = Field(description="What a row looks like: as the spec says, or as it was recognised.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Which column stands for which field of the format, as the first row has them.")
     file: FileReport
     rows_read: int
     rows_rejected: int

@@ -22,7 +22,7 @@ from finetune_api.report import DATA_REPORT, QUARANTINE
 from finetune_api.spec import Task
 from finetune_api.status import DataStatus, ModelStatus
 
-from finetune_trainer.data.convert import InvalidRowError, usable_formats
+from finetune_trainer.data.convert import usable_formats
 from finetune_trainer.data.examples import LabelledText
 from finetune_trainer.data.labels import resolve_labels
 from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, decide, open_sources, read_all
@@ -32,6 +32,7 @@ from finetune_trainer.data.report import Findings
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
+from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import remove_folder
 from finetune_trainer.fetch_adapter import fetch_adapter

@@ -82,6 +82,7 @@ class Findings:
                     uri=file.uri,
                     sha256=self.hashes[file],
                     format=opened.format.value,
+                    columns=dict(opened.columns),
                     file=_file_report(self.files[file]),
                     rows_read=self.survey.read[file],
                     rows_rejected=quarantine.by_file[file],
