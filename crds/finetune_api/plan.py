@@ -147,6 +147,7 @@ class Plan(Document):
     stage: Stage
     job: JobReference
     workspace: str = Field(description="Folder with model/ adapter/ data/ checkpoints/ artifacts/ report/.")
+    cache: str | None = Field(None, description="Folder with prepared data of earlier jobs, on the volume of the workspace. None: nothing is kept.")
     task: Task
     model: PlanModel
     dataset: PlanDataset

@@ -78,6 +78,7 @@ class DataReport(Document):
     """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
 
     summary: DataStatus
+    reused: bool = Field(False, description="Prepared by an earlier job, or an earlier run of this one, from the same files, settings and tokenizer.")
     model: ModelStatus | None = None
     sources: list[SourceReport]
     ignored_files: list[str] = Field(default_factory=list, description="Hidden and foreign files of the sources' folders, the first hundred.")

@@ -25,11 +25,17 @@ class Layout(Protocol):
     def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
         """The workspace's artifacts folder, as status names it."""
 
+    def cache(self, spec: FineTuneJobSpec) -> str:
+        """Folder with prepared data, for other jobs on the same volume and for the same job again."""
+
     def locate(self, uri: str, secret: LocalReference | None) -> Location:
         """A source or a target, with its mount and the folder of its Secret's keys."""
 
     def plan_path(self, resource: Resource, stage: Stage) -> str:
         """The stage's plan.json."""
+
+
+CACHE = ".prepared"
 
 
 class PodLayout:
@@ -45,6 +51,9 @@ class PodLayout:
     def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
         folder = self.workspace_folder(resource, spec)
         return f"pvc://{self.workspace_claim(resource, spec)}/" + (f"{folder}/artifacts" if folder else "artifacts")
+
+    def cache(self, spec: FineTuneJobSpec) -> str:
+        return f"{self.WORKSPACE}/{CACHE}"
 
     def locate(self, uri: str, secret: LocalReference | None) -> Location:
         scheme, name, inner = split_uri(uri)

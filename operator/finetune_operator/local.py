@@ -18,6 +18,7 @@ from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
 from finetune_operator.cluster import Event
+from finetune_operator.layout import CACHE
 from finetune_operator.local_job import LocalJob
 from finetune_operator.observed import Key, Manifest, Observed, Resource, stage_of
 from finetune_operator.run_folder import RunError, RunFolder
@@ -42,10 +43,17 @@ class LocalLayout:
         self._secrets = secrets or {}
 
     def workspace(self, resource: Resource, spec: FineTuneJobSpec) -> str:
-        claim = spec.workspace.claim_name
-        if claim is not None and claim in self._volumes:
-            return str(self._volumes[claim].resolve() / f"{resource.key.name}-{resource.uid[:8]}")
-        return str(self._run / "workspace")
+        volume = self._volume(spec)
+        return str(volume / f"{resource.key.name}-{resource.uid[:8]}" if volume else self._run / "workspace")
+
+    def cache(self, spec: FineTuneJobSpec) -> str:
+        """That of a run stays in its folder when it is begun afresh."""
+        return str((self._volume(spec) or self._run) / CACHE)
+
+    def _volume(self, spec: FineTuneJobSpec) -> Path | None:
+        """The folder that stands for the workspace's claim, if any."""
+        folder = self._volumes.get(spec.workspace.claim_name or "")
+        return folder and folder.resolve()
 
     def workspace_uri(self, resource: Resource, spec: FineTuneJobSpec) -> str:
         return f"file://{self.workspace(resource, spec)}/artifacts"

@@ -82,6 +82,7 @@ def build_plan(resource: Resource, spec: FineTuneJobSpec, stage: Stage, layout: 
         stage=stage,
         job=JobReference(namespace=resource.key.namespace, name=resource.key.name, uid=resource.uid),
         workspace=layout.workspace(resource, spec),
+        cache=layout.cache(spec) if stage is Stage.PREPARE else None,
         task=spec.task,
         model=PlanModel(
             location=_location(layout, spec.model, stage is Stage.PREPARE),

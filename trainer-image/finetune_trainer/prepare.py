@@ -18,10 +18,11 @@ import numpy as np
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
-from finetune_api.report import DATA_REPORT, QUARANTINE
+from finetune_api.report import DATA_REPORT, QUARANTINE, DataReport
 from finetune_api.spec import Task
-from finetune_api.status import DataStatus, ModelStatus
+from finetune_api.status import ModelStatus
 
+from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
 from finetune_trainer.data.convert import usable_formats
 from finetune_trainer.data.examples import LabelledText
 from finetune_trainer.data.labels import resolve_labels
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".data-download"
 SPOOL = "rows"
-TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*chat_template*", "*.model", "*.tiktoken", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Run:
         if self.plan.task is Task.CLASSIFICATION:
             self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
 
-    def write_report(self) -> DataStatus:
-        """Writes report/data.json and returns its summary."""
-        report = self.findings.report(self.quarantine)
+    def report(self) -> DataReport:
+        return self.findings.report(self.quarantine)
+
+    def write_report(self, report: DataReport) -> None:
         write_file(self.workspace.report / DATA_REPORT, report.to_json(indent=2))
-        return report.summary
 
 
 def run(plan: Plan, telemetry: Telemetry) -> Result:
@@ -88,30 +88,80 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
         with Quarantine(workspace.report / QUARANTINE) as quarantine:
             this = Run(plan, workspace, telemetry, quarantine, Findings(max_length=plan.training.max_length))
             try:
-                with Spool(downloads / SPOOL) as spool:
-                    rows = read_data(this, downloads, spool)
-                    encoder, model = fetch_foundation(this)
-                    write_data(this, rows, encoder)
+                fetch_data(this, downloads)
+                cached = Cached(this)
+                report = cached.restore() or make_data(this, downloads)
             except UserError:
-                this.write_report()
+                this.write_report(this.report())
                 raise
-            summary = this.write_report()
+            this.write_report(report)
+        cached.store()
     finally:
         remove_folder(downloads)
-    prepared = PrepareResult(data=summary, model=model)
+    if report.model is None:
+        raise TypeError("a report of prepared data names the model")
+    prepared = PrepareResult(data=report.summary, model=report.model)
     return Result(stage=Stage.PREPARE, outcome=Outcome.SUCCEEDED, prepare=prepared)
 
 
-def read_data(this: Run, downloads: Path, spool: Spool) -> Rows:
-    """Fetches the sources and judges every row: bad data ends here."""
+class Cached:
+    """Prepared data of an earlier run of the same job, or of another one that is made from the same."""
+
+    def __init__(self, this: Run) -> None:
+        self._this = this
+        self._cache = PreparedCache(Path(this.plan.cache) if this.plan.cache else None)
+        self._sources = hash_sources(this.plan, this.findings.sources, this.findings.hashes)
+        self._restored = False
+
+    def restore(self) -> DataReport | None:
+        """Its report, with what this job trains of the model; None if there is none that can be used."""
+        this = self._this
+        if not self._cache.knows(self._sources):
+            return None
+        revision = fetch_model(this.plan.model, this.workspace, this.watch("Fetching the model", 0.2, 0.5))
+        watch = this.watch("Reusing prepared data", 0.5, 1)
+        tokenizer = hash_tokenizer(this.workspace.model)
+        found = self._cache.restore(self._sources, tokenizer, this.workspace, watch.check)
+        if found is None:
+            return None
+        this.findings.labels, this.findings.max_length = found.manifest.labels, found.manifest.max_length
+        _, model = open_foundation(this, revision)
+        this.quarantine.discard()
+        self._restored = True
+        logger.info("The data was prepared before, from the same sources, settings and tokenizer: it is used again")
+        return found.report.model_copy(update={"model": model, "reused": True})
+
+    def store(self) -> None:
+        if not self._restored:
+            workspace, watch = self._this.workspace, self._this.watch("Tokenizing", 1, 1)
+            self._cache.store(self._sources, hash_tokenizer(workspace.model), workspace, watch.check)
+
+
+def fetch_data(this: Run, downloads: Path) -> None:
+    """The sources, on this machine, with the hashes of their files."""
     dataset, findings = this.plan.dataset, this.findings
-    sources = open_sources(dataset, usable_formats(this.plan), downloads, this.watch("Fetching data", 0, 0.1))
-    watch = this.watch("Reading data", 0.1, 0.2)
+    watch = this.watch("Fetching data", 0, 0.1)
+    sources = open_sources(dataset, usable_formats(this.plan), downloads, watch)
     findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
     findings.files = {file: recognise_file(file) for file in findings.hashes}
     findings.sources = sources
-    rows = Rows(sources, spool)
-    read_all(rows, dataset, this.quarantine, findings.survey, watch)
+
+
+def make_data(this: Run, downloads: Path) -> DataReport:
+    """The data is judged before the model is fetched."""
+    with Spool(downloads / SPOOL) as spool:
+        rows = read_data(this, spool)
+        revision = fetch_model(this.plan.model, this.workspace, this.watch("Fetching the model", 0.2, 0.5))
+        encoder, _ = open_foundation(this, revision)
+        write_data(this, rows, encoder)
+    return this.report()
+
+
+def read_data(this: Run, spool: Spool) -> Rows:
+    """Judges every row: bad data ends here."""
+    dataset, findings = this.plan.dataset, this.findings
+    rows = Rows(findings.sources, spool)
+    read_all(rows, dataset, this.quarantine, findings.survey, this.watch("Reading data", 0.1, 0.2))
     decide(rows, dataset, this.quarantine, findings.survey)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
     logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
@@ -119,11 +169,10 @@ def read_data(this: Run, downloads: Path, spool: Spool) -> Rows:
     return rows
 
 
-def fetch_foundation(this: Run) -> tuple["Encoder", ModelStatus]:
-    """Puts the model into the workspace, checks that it fits the task, and opens its tokenizer."""
+def open_foundation(this: Run, revision: str | None) -> tuple["Encoder", ModelStatus]:
+    """Checks that the model in the workspace fits the task, and opens its tokenizer."""
     plan, workspace, findings = this.plan, this.workspace, this.findings
-    watch = this.watch("Fetching the model", 0.2, 0.5)
-    revision = fetch_model(plan.model, workspace, watch)
+    watch = this.watch("Opening the model", 0.5, 0.5)
 
     from finetune_trainer.data.tokenize import Encoder
     from finetune_trainer.model import facts
@@ -200,9 +249,7 @@ def _settings_hash(this: Run) -> "hashlib._Hash":
     changes = [clean and clean.to_dict(), personal_data and personal_data.settings.to_dict()]
     settings = [this.plan.task.value, changes, this.findings.labels, this.findings.max_length]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    paths = {path for pattern in TOKENIZER_FILES for path in this.workspace.model.glob(pattern) if path.is_file()}
-    for path in sorted(paths):
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    digest.update(hash_tokenizer(this.workspace.model).encode())
     return digest
 
 

@@ -452,6 +452,13 @@ class TestLayout:
         assert layout.locate("file://../models/m", None).path == str(tmp_path / "models" / "m")
         assert layout.locate("file:///etc/hosts", None).path == "/etc/hosts"
 
+    def test_prepared_data_is_kept_for_the_same_run_or_for_all_on_a_claim(self, tmp_path):
+        (tmp_path / "disk").mkdir()
+        layout = LocalLayout(tmp_path / "run", tmp_path, volumes={"team": tmp_path / "disk"})
+        assert layout.cache(parse_spec(manifest()["spec"])) == str(tmp_path / "run" / ".prepared")
+        shared = parse_spec(manifest(**{"workspace.claimName": "team"})["spec"])
+        assert layout.cache(shared) == str(tmp_path / "disk" / ".prepared")
+
     def test_a_folder_stands_for_a_claim_or_config_map(self, tmp_path):
         layout = LocalLayout(tmp_path, tmp_path, volumes={"store": tmp_path / "s", "texts": tmp_path / "t"})
         assert layout.locate("pvc://store/a/b.csv", None).path == str(tmp_path / "s" / "a" / "b.csv")

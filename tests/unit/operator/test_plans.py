@@ -276,6 +276,9 @@ def test_a_workspace_of_its_own_and_a_folder_in_a_shared_one():
     assert LAYOUT.workspace_uri(resource, own) == "pvc://demo-workspace/artifacts"
     assert LAYOUT.workspace(resource, shared) == "/workspace/demo-0f3a9c52"
     assert LAYOUT.workspace_uri(resource, shared) == "pvc://team-disk/demo-0f3a9c52/artifacts"
+    for spec in (own, shared):
+        plans = [build_plan(resource, spec, stage, LAYOUT) for stage in (Stage.PREPARE, Stage.PUBLISH)]
+        assert [plan.cache for plan in plans] == ["/workspace/.prepared", None]
 
 
 def test_a_config_map_key_and_a_remote_uri():

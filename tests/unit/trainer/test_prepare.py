@@ -482,7 +482,9 @@ def test_another_model_takes_the_place_of_the_first(tmp_path, plan, models):
 # --- ends before the end
 
 
-@pytest.mark.parametrize("activity", ["Fetching data", "Reading data", "Fetching the model", "Tokenizing"])
+@pytest.mark.parametrize(
+    "activity", ["Fetching data", "Reading data", "Fetching the model", "Opening the model", "Tokenizing"]
+)
 def test_a_stop_leaves_nothing_half_done(tmp_path, plan, activity):
     class Stopping(Telemetry):
         def update(self, **fields):
@@ -566,7 +568,7 @@ def test_progress_goes_from_nothing_to_all(tmp_path, plan, monkeypatch):
     this = plan(write_jsonl(tmp_path / "train.jsonl", sentiment(2500)))
     run(this, Recording(this.stage, this.job))
     activities = list(dict.fromkeys(activity for activity, _ in seen))
-    assert activities == ["Fetching data", "Reading data", "Fetching the model", "Tokenizing"]
+    assert activities == ["Fetching data", "Reading data", "Fetching the model", "Opening the model", "Tokenizing"]
     fractions = [fraction for _, fraction in seen]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1

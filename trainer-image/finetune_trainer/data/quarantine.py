@@ -30,6 +30,7 @@ class Quarantine:
         self.by_file: Counter[SourceFile] = Counter()
         self.invalid = 0
         self._examples: list[str] = []
+        self._discarded = False
         self._path = path
         self._temporary = path.with_name(f".{path.name}.new")
         self._file = self._temporary.open("w", encoding="utf-8")
@@ -64,6 +65,10 @@ class Quarantine:
             f"{max_rejected:.3g}. By reason: {counts}. All are in {self._path.parent.name}/{self._path.name}",
         )
 
+    def discard(self) -> None:
+        """What is there stays, since nothing is judged anew."""
+        self._discarded = True
+
     def __enter__(self) -> Self:
         return self
 
@@ -74,7 +79,7 @@ class Quarantine:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        if error is None or isinstance(error, UserError):
+        if (error is None or isinstance(error, UserError)) and not self._discarded:
             self._temporary.replace(self._path)
             sync_folder(self._path.parent)
         else:

@@ -63,7 +63,7 @@ class Protector:
         self._finder = Finder([*detectors(plan.settings)])
         self._replace: Callable[[Match], str] = _placeholder
         if plan.settings.action is Action.PSEUDONYMIZE:
-            self._replace = partial(_pseudonym, key=_read_key(plan))
+            self._replace = partial(_pseudonym, key=read_key(plan) or b"")
 
     def protect(self, example: Example, log: PersonalDataLog) -> Example | Unwanted:
         """The example without the personal data in its texts, or why it is left out."""
@@ -141,9 +141,11 @@ def _pseudonym(match: Match, key: bytes) -> str:
     return f"[{_label(match.kind)}_{digest[:PSEUDONYM_DIGITS]}]"
 
 
-def _read_key(plan: PlanPersonalData) -> bytes:
-    reference = plan.settings.key_secret_ref
-    name = reference.name if reference else ""
+def read_key(plan: PlanPersonalData) -> bytes | None:
+    """The key of the pseudonyms; None if the action needs none. Raises UserError (DataInvalid) if it is missing."""
+    if plan.settings.key_secret_ref is None:
+        return None
+    name = plan.settings.key_secret_ref.name
     field = "dataset.personalData.keySecretRef"
     if plan.key_dir is None:
         raise UserError(Reason.DATA_INVALID, f"{field}: say which folder stands for the Secret: --secret {name}=FOLDER")
