@@ -46,6 +46,56 @@ class LengthReport(Document):
     longest: int
 
 
+class LengthHistogram(Document):
+    """Tokens per training row, before truncation, in buckets that grow: two for each doubling."""
+
+    edges: list[int] = Field(description="Bucket i holds rows of at least edges[i] and less than edges[i + 1] tokens.")
+    rows: list[int] = Field(description="One less than edges.")
+
+
+class SplitTokens(Document):
+    """What is learned from a split, and what was cut."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int | None = Field(None, description="Tokens that have a loss (Generation).")
+    supervised_share: float | None = None
+    truncated_rows: int
+    truncated_share: float
+    answers_cut: int | None = Field(None, description="Rows of which tokens were cut that would have been learned (Generation).")
+    answers_not_learned: int | None = Field(
+        None, description="Answers that the chat template writes differently once other turns follow them: learning them so would be learning what is never to be written (Generation)."
+    )
+
+
+class TextTokens(Document):
+    """How well the tokenizer fits: of the texts of some training rows, without what a chat template adds."""
+
+    sampled_rows: int = Field(description="Spread evenly over the training rows.")
+    tokens_per_word: float = Field(
+        description="Fertility. Words are parted by white space; in scripts without it (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Tibetan) every letter counts as one."
+    )
+    characters_per_token: float
+    unknown_share: float | None = Field(None, description="Share of the tokens that stand for what the tokenizer does not know. Unset: it has no such token.")
+
+
+class PackingReport(Document):
+    """Shares of real tokens in random steps of 32 training rows, cut by the functions that the training uses."""
+
+    sampled_rows: int
+    packed: float | None = Field(None, description="In sequences of maxLength tokens, into which rows are packed; what is left of one is not padded (Generation).")
+    padded: float = Field(description="Where rows of like length are padded to the longest of them, as for Classification and models that cannot be packed.")
+    fixed: float = Field(description="If every row were padded to maxLength.")
+
+
+class TokenizationReport(Document):
+    truncation: str = Field(description="What becomes of rows that are too long, in words.")
+    splits: dict[str, SplitTokens]
+    histogram: LengthHistogram | None = None
+    texts: TextTokens | None = None
+    packing: PackingReport | None = None
+
+
 class CleaningSample(Document):
     """Around the first change, or the beginning of a row that was dropped. Redacted: a letter is x, X, ø or Ø (beyond ASCII), a digit 0;
     other characters beyond ASCII are shown as their code point.
@@ -75,7 +125,7 @@ class PersonalDataReport(Document):
 
 
 class DataReport(Document):
-    """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
+    """Written also when the data is refused; `model`, `lengths` and `tokenization` are unset if that was before they were known."""
 
     summary: DataStatus
     reused: bool = Field(False, description="Prepared by an earlier job, or an earlier run of this one, from the same files, settings and tokenizer.")
@@ -87,6 +137,7 @@ class DataReport(Document):
     personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
     lengths: LengthReport | None = None
+    tokenization: TokenizationReport | None = None
 
 
 class Quarantined(Document):

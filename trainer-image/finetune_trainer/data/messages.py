@@ -1,4 +1,4 @@
-"""Lists of messages -> turns, in the form of OpenAI ({role, content}, with tool calls) and that of ShareGPT ({from, value})."""
+"""Lists of messages -> turns: {role, content} and tool calls as OpenAI has them, {from, value} as ShareGPT does."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SPEAKERS = {
 
 FUNCTION_NAME = re.compile(r"[\w./:-]{1,128}")
 WRITTEN_CALL = re.compile(r"tool_?call|function_?call|python_tag", re.IGNORECASE)
-"""How models mark a call where it is text of the assistant like any other: <tool_call>, [TOOL_CALLS], <|python_tag|>."""
+"""How a call is marked where it is text like any other: <tool_call>, [TOOL_CALLS], <|python_tag|>."""
 
 
 def read_messages(messages: Any, place: str = "") -> tuple[Turn, ...]:
@@ -40,8 +40,9 @@ def read_share_gpt(messages: Any) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     for turn in _each(messages, _share_gpt_message, "{from, value}"):
         if turn.calls and turns and turns[-1].role == "assistant" and not turns[-1].calls:
-            turn = turns.pop()._replace(calls=turn.calls)
-        turns.append(turn)
+            turns[-1] = turns[-1]._replace(calls=turn.calls)
+        else:
+            turns.append(turn)
     return tuple(turns)
 
 
@@ -58,8 +59,8 @@ def is_share_gpt(messages: Any) -> bool | None:
 
 
 def read_tools(value: Any) -> str:
-    """The functions of a row, a list or its JSON, as `Conversation.tools`. A bare {name, description, parameters} becomes
-    {type: function, function: ...}, which is what chat templates expect. Raises InvalidRowError.
+    """The functions of a row, a list or its JSON, as `Conversation.tools`. A bare {name, description, parameters}
+    becomes {type: function, function: ...}, which is what chat templates expect. Raises InvalidRowError.
     """
     tools = parsed(value, "tools") if value != "" else None
     if not tools and tools in (None, []):
@@ -142,17 +143,20 @@ def _each(messages: Any, read: Callable[[dict[str, Any]], Turn], form: str, plac
     turns: list[Turn] = []
     for message in messages:
         try:
-            if not isinstance(message, dict):
-                raise InvalidRowError("messages are not valid", "is not an object")
-            turn = read(message)
-            if turn.role == "system" and turns:
-                raise InvalidRowError("role is not valid", "is of the system; only the first may be")
+            turns.append(_one(message, read, first=not turns))
         except InvalidRowError as error:
-            raise InvalidRowError(
-                error.reason, f"message {len(turns) + 1}{place} {error.detail}".rstrip()
-            ) from None
-        turns.append(turn)
+            detail = f"message {len(turns) + 1}{place} {error.detail}"
+            raise InvalidRowError(error.reason, detail.rstrip()) from None
     return turns
+
+
+def _one(message: Any, read: Callable[[dict[str, Any]], Turn], first: bool) -> Turn:
+    if not isinstance(message, dict):
+        raise InvalidRowError("messages are not valid", "is not an object")
+    turn = read(message)
+    if turn.role == "system" and not first:
+        raise InvalidRowError("role is not valid", "is of the system; only the first may be")
+    return turn
 
 
 def _message(message: dict[str, Any]) -> Turn:

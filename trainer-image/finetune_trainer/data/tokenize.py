@@ -27,6 +27,7 @@ from finetune_trainer.data.store import TokenizedRow
 from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import UserError
 
+
 class Encoded(NamedTuple):
     """A row for training, and what it was before it was cut."""
 
@@ -82,6 +83,16 @@ class Encoder:
         for kind, chosen in places.items():
             results.update(zip(chosen, self._encoders[kind]([examples[i] for i in chosen]), strict=True))
         return [results[place] for place in range(len(examples))]
+
+    @property
+    def has_unknown_token(self) -> bool:
+        return self._tokenizer.unk_token_id is not None
+
+    def count_tokens(self, texts: list[str]) -> tuple[int, int]:
+        """How many tokens the texts have by themselves, and how many of them stand for what is not known."""
+        encoded = self._ids(texts)
+        unknown = self._tokenizer.unk_token_id
+        return sum(map(len, encoded)), sum(ids.count(unknown) for ids in encoded)
 
     def _encode_labelled(self, examples: list[LabelledText]) -> list[Encoded | InvalidRowError]:
         texts = [example.text for example in examples]
