@@ -172,8 +172,8 @@ def test_without_marks_an_answer_is_what_the_text_grows_by(llama):
 def test_answers_that_a_template_rewrites_later_are_counted_and_not_learned(llama):
     llama.chat_template = FORGETFUL
     many, one = encode(Encoder(llama, 256), CONVERSATION, PromptCompletion("hello", "hi"))
-    assert (supervised(llama, many), many.unlearned) == ("fine</s>", 1)
-    assert (supervised(llama, one), one.unlearned) == ("hi</s>", 0)
+    assert (supervised(llama, many), many.unlearned) == ("<|assistant|>fine</s>", 1)
+    assert (supervised(llama, one), one.unlearned) == ("<|assistant|>hi</s>", 0)
 
 
 def test_a_template_that_hides_all_answers_is_told_of(llama):

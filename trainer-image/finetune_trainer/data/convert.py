@@ -237,11 +237,12 @@ def recognise_format(
         raise UserError(Reason.DATA_INVALID, f"{file.field}: {file.name} has no rows that can be read")
     candidates = [source.format] if source.format else _candidates(source, usable)
     fitting = [f for f in candidates if not _missing_fields(f, first, source)]
+    if not fitting and len(candidates) == 1 and not recognise_file(file).kind.tabular:
+        fitting = candidates  # another row of a JSONL file may have them
+    if fitting and fitting[0] is DataFormat.MESSAGES and source.format is None:
+        return _form_of_messages(file, source, check)
     if fitting:
-        told_apart = fitting[0] is DataFormat.MESSAGES and source.format is None
-        return _form_of_messages(file, source, check) if told_apart else fitting[0]
-    if len(candidates) == 1 and not recognise_file(file).kind.tabular:  # another row of a JSONL file may have them
-        return candidates[0]
+        return fitting[0]
     raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or usable, first))
 
 
