@@ -245,7 +245,7 @@ def test_a_table_gives_no_object_the_keys_of_others(tmp_path):
         {"messages": [user(), calls(call({"x": 1, "deep": {"a": None, "b": [{"c": 1}]}}))], "tools": [tool]},
         {
             "messages": [user(), calls(call({"y": "z"}), content="so"), result(), END],
-            "tools": [{**FUNCTION, "strict": True}],
+            "tools": [{"name": "find", "parameters": {"properties": {"y": text}}, "strict": True}],
         },
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from finetune_trainer.data.examples import ToolCall, Turn
@@ -87,6 +88,12 @@ def tool_names(tools: list[dict[str, Any]]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
+@lru_cache(maxsize=64)
+def _known_names(tools: str) -> frozenset[str]:
+    """Most rows of a source have the same tools."""
+    return frozenset(tool_names(json.loads(tools)))
+
+
 def match_calls(turns: tuple[Turn, ...], tools: str = "") -> tuple[Turn, ...]:
     """The turns, with the call that each tool's turn answers: by its id, or else in the order of the calls. A call
     without an id is given one.
@@ -95,7 +102,7 @@ def match_calls(turns: tuple[Turn, ...], tools: str = "") -> tuple[Turn, ...]:
     """
     if not any(turn.calls or turn.role == "tool" for turn in turns):
         return turns
-    known = set(tool_names(json.loads(tools))) if tools else None
+    known = _known_names(tools) if tools else None
     matched: list[Turn] = []
     waiting: list[ToolCall] = []
     as_text = False
@@ -130,7 +137,7 @@ def _called(waiting: list[ToolCall], turn: Turn, number: int) -> ToolCall:
     return named[0]
 
 
-def _check_calls(calls: tuple[ToolCall, ...], known: set[str] | None, number: int) -> None:
+def _check_calls(calls: tuple[ToolCall, ...], known: frozenset[str] | None, number: int) -> None:
     if len({call.id for call in calls}) < len(calls):
         raise InvalidRowError("tool call id is not unique", f"message {number} has one twice")
     if known is not None and not all(call.name in known for call in calls):
