@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.dataset import CleanSpec, Columns, DataFormat, PersonalDataSpec
+from finetune_api.dataset import CleanSpec, Columns, DataFormat, DuplicatesSpec, LabellingSpec, PersonalDataSpec
 from finetune_api.spec import (
     Gate,
     LoraVariant,
@@ -69,6 +69,8 @@ class PlanDataset(Document):
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    duplicates: DuplicatesSpec | None = None
+    labelling: LabellingSpec | None = None
     clean: CleanSpec | None = None
     personal_data: PlanPersonalData | None = None
     max_rejected: float = 0
@@ -123,6 +125,13 @@ class PlanTraining(Document):
     compile: bool = False
 
 
+class PlanSample(Document):
+    """What `finetune validate` asks of prepare: to judge the data and the model's settings, and to fetch no weights."""
+
+    rows: int | None = Field(None, ge=1, description="Most rows of each source, from the beginnings of its files. None: all.")
+    tokenize: bool = Field(True, description="False: the model is out of reach; the data is judged alone.")
+
+
 class PlanEvaluation(Document):
     metrics: list[Metric]
     gate: Gate | None = None
@@ -160,3 +169,4 @@ class Plan(Document):
     evaluation: PlanEvaluation
     device: PlanDevice
     output: PlanOutput
+    sample: PlanSample | None = Field(None, description="Only of `finetune validate`, never in a cluster.")

@@ -1,15 +1,19 @@
 """Documents in the workspace's `report/` folder, for people and programs: the evidence behind the status.
 
-- `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`.
+- `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`. `report/data.html` is the same for people.
 - `report/evaluation.json`: `EvaluationReport`, written by train.
 """
+
+from enum import StrEnum
 
 from pydantic import Field
 
 from finetune_api.base import Document
+from finetune_api.constants import Reason
 from finetune_api.status import DataStatus, GateResult, ModelStatus, Score
 
 DATA_REPORT = "data.json"
+DATA_PAGE = "data.html"
 QUARANTINE = "quarantine.jsonl"
 EVALUATION_REPORT = "evaluation.json"
 
@@ -18,7 +22,7 @@ class FileReport(Document):
     """How a file was read: recognised by its content."""
 
     kind: str = Field(description="JSONL, JSON, CSV, Text, Parquet, Arrow or ArrowStream.")
-    compression: str | None = Field(None, description="gzip, zstd or bz2.")
+    compression: str | None = Field(None, description="gzip, zstd, bz2 or xz.")
     encoding: str | None = Field(None, description="Python's name of it. One that is not UTF-8 and has no byte order mark is an informed guess.")
     delimiter: str | None = Field(None, description="Between the fields of a CSV file.")
 
@@ -124,10 +128,97 @@ class PersonalDataReport(Document):
     found: dict[str, int] = Field(description="Values by kind, or name of a pattern of dataset.personalData.")
 
 
+class DuplicateReport(Document):
+    """Rows that say what an earlier row says, of all splits."""
+
+    similarity: float | None = Field(None, description="From which rows count as nearly the same; unset: that was not looked for.")
+    exact_rows: int = Field(description="With the texts, and the answer or label, of an earlier row.")
+    near_rows: int | None = Field(None, description="Others that are similar to an earlier row with the same label.")
+    rows_dropped: int = Field(description="Of both: left out.")
+    held_out_rows: int = Field(description="Rows that are left out since a validation or test source has them, or similar ones.")
+    groups: int = Field(description="Sets of rows that are similar or have the same input, by way of others too.")
+    largest_group: int = Field(description="Rows of the largest.")
+    group_sizes: dict[str, int] = Field(description="How many groups have so many rows.")
+    note: str | None = Field(None, description="What to look at, where one group holds much of the data.")
+
+
+class RuleReport(Document):
+    """One of dataset.labelling.rules, on the rows of all splits; all but `accuracy` are rows."""
+
+    votes: int = Field(description="On which it votes: its coverage.")
+    overlaps: int = Field(description="Of those: on which another rule votes, too.")
+    conflicts: int = Field(description="Of those: on which another rule votes for another label.")
+    judged: int = Field(description="On which it votes and that have a label of their own.")
+    right: int = Field(description="Of those: that have the label it votes for.")
+    accuracy: float | None = Field(None, description="right / judged; unset if nothing could be judged.")
+
+
+class ConflictReport(Document):
+    """The same text with different labels, duplicates that are left out included."""
+
+    groups: int = Field(description="Texts with several labels.")
+    rows: int = Field(description="Rows with such a text.")
+    held_out_rows: int = Field(description="Of those: rows of validation and test. They are kept.")
+    rows_dropped: int = Field(description="Of those: training rows that dataset.labelling.conflicts leaves out.")
+
+
+class BalanceReport(Document):
+    """How evenly the labels share the training rows."""
+
+    majority_share: float = Field(description="Share of the commonest label: the accuracy of always answering it.")
+    imbalance_ratio: float = Field(description="Rows of the commonest label for each row of the rarest.")
+    note: str | None = Field(None, description="What follows from it, where it is extreme.")
+
+
+class LabellingReport(Document):
+    aliases: dict[str, int] | None = Field(None, description="Rows by alias of dataset.labelling.")
+    weak_rows: dict[str, int] | None = Field(None, description="Split -> rows whose label is of dataset.labelling.rules. On test they judge how well the model learned the rules.")
+    rule_rows: int | None = Field(None, description="Rows that the rules looked at.")
+    by_rule: dict[str, RuleReport] | None = Field(None, description="By the name of the rule.")
+    balance: BalanceReport | None = None
+    conflicts: ConflictReport | None = None
+
+
+class Level(StrEnum):
+    ERROR = "Error"
+    WARNING = "Warning"
+
+
+class Remark(StrEnum):
+    """Reasons of warnings. The comment says what one can do."""
+
+    ROWS_REJECTED = "RowsRejected"  # no more than dataset.maxRejected allows: look at quarantine.jsonl
+    ROWS_TRUNCATED = "RowsTruncated"  # raise training.maxLength, or shorten the rows
+    ENCODING_GUESSED = "EncodingGuessed"  # look at some rows, or save the file as UTF-8
+    PERSONAL_DATA_KEPT = "PersonalDataKept"  # choose another dataset.personalData.action
+    SAMPLE_TOO_SMALL = "SampleTooSmall"  # the sample does not show it: read more rows, or all
+    MODEL_UNREACHABLE = "ModelUnreachable"  # the tokens were not counted, and the model was not checked
+    CLUSTER_ONLY = "ClusterOnly"  # good for `finetune run`, refused by a cluster
+
+
+class DataFinding(Document):
+    """One thing about the data that somebody should know before training."""
+
+    level: Level = Field(description="Error: the job fails. Warning: it goes on.")
+    reason: Reason | Remark = Field(description="Why, as a constant for programs.")
+    field: str | None = Field(None, description="Where in the spec, for example dataset.sources[0].")
+    message: str = Field(description="What was found, for people. It holds no text of the dataset.")
+    rows: int | None = Field(None, description="How many rows it is about.")
+
+
+class SampleReport(Document):
+    """Of `finetune validate`."""
+
+    rows_per_source: int | None = Field(None, description="Most rows that were read of each source; unset: all.")
+    complete: bool = Field(description="Whether that was all of the data.")
+
+
 class DataReport(Document):
     """Written also when the data is refused; `model`, `lengths` and `tokenization` are unset if that was before they were known."""
 
     summary: DataStatus
+    findings: list[DataFinding] = Field(default_factory=list, description="Errors, then warnings.")
+    sample: SampleReport | None = Field(None, description="Set by `finetune validate`, which reads a sample.")
     reused: bool = Field(False, description="Prepared by an earlier job, or an earlier run of this one, from the same files, settings and tokenizer.")
     model: ModelStatus | None = None
     sources: list[SourceReport]
@@ -135,7 +226,9 @@ class DataReport(Document):
     rejections: dict[str, int] = Field(description="Rejected rows by reason.")
     cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
     personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
+    duplicates: DuplicateReport | None = Field(None, description="Set if the spec has dataset.duplicates.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
+    labelling: LabellingReport | None = Field(None, description="Where the labels come from, and what is odd about them (Classification).")
     lengths: LengthReport | None = None
     tokenization: TokenizationReport | None = None
 

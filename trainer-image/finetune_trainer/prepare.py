@@ -9,24 +9,28 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
-from finetune_api.report import DATA_REPORT, QUARANTINE, DataReport, TokenizationReport
+from finetune_api.report import DATA_PAGE, DATA_REPORT, QUARANTINE, DataReport, SampleReport, TokenizationReport
 from finetune_api.spec import Task
 from finetune_api.status import ModelStatus
 
+from finetune_trainer.data.advice import Advice, warnings_of
 from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
 from finetune_trainer.data.convert import usable_formats
+from finetune_trainer.data.decide import decide
+from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
-from finetune_trainer.data.labels import resolve_labels
-from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, decide, open_sources, read_all
+from finetune_trainer.data.labels import check_minimum, label_order, resolve_labels
+from finetune_trainer.data.page import render_html
+from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
@@ -42,7 +46,7 @@ from finetune_trainer.data.store import (
     write_manifest,
 )
 from finetune_trainer.data.values import InvalidRowError
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.fetch import remove_folder
 from finetune_trainer.fetch_adapter import fetch_adapter
 from finetune_trainer.fetch_model import fetch_model
@@ -56,7 +60,7 @@ if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of befo
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".data-download"
-SPOOL = "rows"
+SPOOL, SIGNATURES = "rows", "signatures"
 
 
 @dataclass(frozen=True)
@@ -68,23 +72,47 @@ class Run:
     telemetry: Telemetry
     quarantine: Quarantine
     findings: Findings
+    advice: Advice = field(default_factory=Advice)
 
     def watch(self, activity: str, start: float, end: float) -> Watch:
         return Watch(self.telemetry, activity, start, end)
 
     def judge(self) -> None:
-        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has no rows left."""
-        dataset, survey = self.plan.dataset, self.findings.survey
-        self.quarantine.check(survey.rows_read, dataset.max_rejected)
-        check_splits(survey.rows, dataset)
+        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has not enough rows left.
+
+        What a part of the data lacks may be in the rest: of a sample only that is held against it which it has.
+        """
+        dataset, survey, findings, advice = self.plan.dataset, self.findings.survey, self.findings, self.advice
+        with advice.check(rows=self.quarantine.invalid):
+            self.quarantine.check(survey.rows_read, dataset.max_rejected)
+        if not (survey.cut and survey.rows.total()):
+            with advice.check():
+                check_splits(survey.rows, dataset, self.quarantine.reasons())
         if self.plan.task is Task.CLASSIFICATION:
-            self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
+            with advice.check(doubtful=survey.cut):
+                labels = findings.labels = resolve_labels(survey.labels, dataset.labels, findings.labels)
+                if dataset.labelling and dataset.labelling.minimum_rows:
+                    check_minimum(survey.labels[Split.TRAIN], labels, dataset.labelling.minimum_rows, dataset.labels)
+            if survey.cut:
+                found = (label for counts in survey.labels.values() for label in counts)
+                findings.labels = findings.labels or dataset.labels or label_order(found)
+        advice.end()
 
     def report(self) -> DataReport:
-        return self.findings.report(self.quarantine)
+        report, sample = self.findings.report(self.quarantine), self.plan.sample
+        warnings = warnings_of(report, self.quarantine.invalid, self.plan.dataset.max_rejected)
+        more: dict[str, Any] = {
+            "findings": [*self.advice.findings, *warnings],
+        }
+        if sample is not None:  # without its weights not much is known of the model
+            read = SampleReport(rows_per_source=sample.rows, complete=not self.findings.survey.cut)
+            more |= {"sample": read, "model": None}
+        return report.model_copy(update=more)
 
     def write_report(self, report: DataReport) -> None:
+        """For programs and for people."""
         write_file(self.workspace.report / DATA_REPORT, report.to_json(indent=2))
+        write_file(self.workspace.report / DATA_PAGE, render_html(report, self.plan.job.name))
 
 
 def run(plan: Plan, telemetry: Telemetry) -> Result:
@@ -99,13 +127,16 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
                 fetch_data(this, downloads)
                 cached = Cached(this)
                 report = cached.restore() or make_data(this, downloads)
-            except UserError:
+            except UserError as error:
+                this.advice.refuse(error)
                 this.write_report(this.report())
                 raise
             this.write_report(report)
         cached.store()
     finally:
         remove_folder(downloads)
+    if plan.sample is not None:
+        return Result(stage=Stage.PREPARE, outcome=Outcome.SUCCEEDED)
     if report.model is None:
         raise TypeError("a report of prepared data names the model")
     prepared = PrepareResult(data=report.summary, model=report.model)
@@ -157,24 +188,47 @@ def fetch_data(this: Run, downloads: Path) -> None:
 
 def make_data(this: Run, downloads: Path) -> DataReport:
     """The data is judged before the model is fetched."""
-    with Spool(downloads / SPOOL) as spool:
-        rows = read_data(this, spool)
-        revision = fetch_model(this.plan.model, this.workspace, this.watch("Fetching the model", 0.2, 0.5))
-        encoder, _ = open_foundation(this, revision)
-        write_data(this, rows, encoder)
+    similarity = this.plan.dataset.duplicates.similarity if this.plan.dataset.duplicates else None
+    with ExitStack() as stack:
+        spool = stack.enter_context(Spool(downloads / SPOOL))
+        signatures = None
+        if similarity is not None:
+            signatures = stack.enter_context(SignatureFiles(downloads / SIGNATURES, similarity))
+        rows = read_data(this, Rows(this.findings.sources, spool, signatures))
+        encoder = fetch_foundation(this)
+        if encoder is not None:
+            write_data(this, rows, encoder)
     return this.report()
 
 
-def read_data(this: Run, spool: Spool) -> Rows:
+def read_data(this: Run, rows: Rows) -> Rows:
     """Judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
-    rows = Rows(findings.sources, spool)
-    read_all(rows, dataset, this.quarantine, findings.survey, this.watch("Reading data", 0.1, 0.2))
+    most = this.plan.sample.rows if this.plan.sample else None
+    read_all(rows, dataset, this.quarantine, findings.survey, this.watch("Reading data", 0.1, 0.2), most=most)
     decide(rows, dataset, this.quarantine, findings.survey)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
     logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
     this.judge()
     return rows
+
+
+def fetch_foundation(this: Run) -> "Encoder | None":
+    """The model, checked, and its tokenizer; None if a sample is judged and the model is out of reach."""
+    sample = this.plan.sample
+    if sample is not None and not sample.tokenize:
+        return None
+    watch = this.watch("Fetching the model", 0.2, 0.5)
+    try:
+        revision = fetch_model(this.plan.model, this.workspace, watch, weights=sample is None)
+        return open_foundation(this, revision)[0]
+    except (UserError, Interrupted):
+        raise
+    except StageError as error:
+        if sample is None:
+            raise
+        this.advice.warn_unreachable(error)
+        return None
 
 
 def open_foundation(this: Run, revision: str | None) -> tuple["Encoder", ModelStatus]:

@@ -26,10 +26,14 @@ class Turn(NamedTuple):
     """Of a tool: its name."""
 
 
+UNLABELLED = ""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledText:
     text: str
     label: str
+    """UNLABELLED until dataset.labelling.rules have given one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The sources as placed rows: read, worked on in batches, decided about, and read again from the spool.
+"""The sources as rows: read, worked on in batches, and, once they are placed, read again from the spool.
 
 Texts pass by once and lie on disk after that; what is known of all rows at once is the ledger.
 """
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
+from finetune_api.report import ConflictReport, DuplicateReport
 
 from finetune_trainer.data.convert import find_columns, recognise_format, usable_columns
+from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import Example, example_texts
+from finetune_trainer.data.labelling import check_columns, optional_fields, rule_columns
 from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
 from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
-from finetune_trainer.data.split import SPLITS, Split, group_rows, leave_out_held_out, place_rows
+from finetune_trainer.data.split import SPLITS, Split
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, Log
 from finetune_trainer.errors import UserError
@@ -67,6 +70,12 @@ class Survey:
     log: Log = field(default_factory=Log)
     rows: Counter[str] = field(default_factory=Counter)
     labels: dict[str, Counter[str]] = field(default_factory=dict)
+    cut: bool = False
+    """Whether rows were left unread: a sample was asked for."""
+    weak: Counter[str] = field(default_factory=Counter)
+    """By split: rows that have their label from a rule."""
+    conflicts: ConflictReport | None = None
+    duplicates: DuplicateReport | None = None
 
     @property
     def rows_read(self) -> int:
@@ -76,6 +85,7 @@ class Survey:
         """As far as is decided by now."""
         self.rows = Counter(ledger.rows_by_split())
         self.labels = {split: Counter(counts) for split, counts in ledger.labels_by_split().items()}
+        self.weak = Counter(ledger.weak_by_split())
 
 
 def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Path, watch: Watch) -> list[OpenedSource]:
@@ -89,7 +99,7 @@ def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Pat
             watch.check()
             files, ignored = fetch_source(source, downloads / source.field, watch)
             first = first_with_rows(files)
-            data_format = recognise_format(first, source, formats, watch.check)
+            data_format = recognise_format(first, source, formats, watch.check, optional_fields(dataset))
             columns = find_columns(first, source, data_format, watch.check)
             opened.append(OpenedSource(source, split, files, data_format, ignored, columns))
     return opened
@@ -108,9 +118,11 @@ def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
 class Rows:
     """All sound rows: their examples in a spool, their numbers in a ledger."""
 
-    def __init__(self, sources: Sequence[OpenedSource], spool: Spool) -> None:
+    def __init__(self, sources: Sequence[OpenedSource], spool: Spool, signatures: SignatureFiles | None = None) -> None:
+        """signatures: where similar rows are looked for."""
         self.files = [(opened, file) for opened in sources for file in opened.files]
         self.spool = spool
+        self.signatures = signatures
         self.ledger = Ledger()
 
     def placed(self) -> Iterator[PlacedRow]:
@@ -140,18 +152,21 @@ def read_all(
     watch: Watch,
     *,
     processes: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Reads every row once and works on it: sound ones into `rows`, the others into `quarantine`; counts into `survey`.
 
     processes: left out, as many as this process may use CPUs and the data is worth.
+    most: rows of each source, as many of each of its files, from their beginnings; left out, all.
 
     Raises UserError (DataInvalid), StageError if a process was killed, Interrupted.
     """
     sizes = [file.path.stat().st_size for _, file in rows.files]
     if processes is None:
-        processes = process_count(sum(sizes))
+        processes = process_count(sum(sizes)) if most is None else 1
+    batches = _batches(rows, rule_columns(dataset), watch, survey, most)
     try:
-        for batch in work_batches(_batches(rows, watch), dataset, processes):
+        for batch in work_batches(batches, dataset, processes):
             opened, file = rows.files[batch.file]
             watch.advance(sum(sizes[: batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read
@@ -160,26 +175,31 @@ def read_all(
                 quarantine.add(file, rejected.rejection, rejected.invalid)
             rows.ledger.add(opened.origin, batch)
             rows.spool.write(batch.file, len(batch.lines), batch.examples)
+            if rows.signatures and batch.signed:
+                rows.signatures.add(batch.signed)
+        check_columns(dataset, survey.log.labelling)
     finally:  # refused data is reported too, as far as it was read
         rows.ledger.close()
         survey.count(rows.ledger)
 
 
-def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> None:
-    """What can only be said of a row when all are known: which are left out, and the splits of the others."""
-    ledger = rows.ledger
-    groups = group_rows(ledger.input_keys)
-    ledger.verdicts[leave_out_held_out(ledger, groups)] = Verdict.HELD_OUT_DUPLICATE
-    ledger.splits = place_rows(ledger, groups, dataset)
-    for file, rejection in rows.left_out():
-        quarantine.add(file, rejection, invalid=False)
-    survey.count(ledger)
-
-
-def _batches(rows: Rows, watch: Watch) -> Iterator[Batch]:
+def _batches(rows: Rows, columns: set[str], watch: Watch, survey: Survey, most: int | None) -> Iterator[Batch]:
+    """`columns`: those that are wanted besides the usable ones."""
     for number, (opened, file) in enumerate(rows.files):
-        for batch in _in_batches(read_rows(file, usable_columns(opened.source)), watch):
+        items: Iterable[RawRow | Rejection] = read_rows(file, usable_columns(opened.source) | columns)
+        if most is not None:
+            items = _beginning(items, -(-most // len(opened.files)), survey)
+        for batch in _in_batches(items, watch):
             yield Batch(number, opened.source, opened.format, batch)
+
+
+def _beginning(items: Iterable[RawRow | Rejection], most: int, survey: Survey) -> Iterator[RawRow | Rejection]:
+    """At most so many of the items. Notes it if there are more."""
+    for number, item in enumerate(items):
+        if number == most:
+            survey.cut = True
+            return
+        yield item
 
 
 def _in_batches(items: Iterable[RawRow | Rejection], watch: Watch) -> Iterator[list[RawRow | Rejection]]:

@@ -8,9 +8,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from finetune_api.report import DataReport, FileReport, LengthHistogram, LengthReport, SourceReport, TokenizationReport
+from finetune_api.dataset import DataFormat
+from finetune_api.report import (
+    DataReport,
+    DuplicateReport,
+    FileReport,
+    LabellingReport,
+    LengthHistogram,
+    LengthReport,
+    SourceReport,
+    TokenizationReport,
+)
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
+from finetune_trainer.data.labels import balance
 from finetune_trainer.data.pipeline import OpenedSource, Survey
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import FileFacts
@@ -107,9 +118,24 @@ class Findings:
             rejections=dict(quarantine.counts.most_common()),
             cleaning=self.survey.log.cleaning.report(),
             personal_data=self.survey.log.personal_data.report(),
+            duplicates=self.survey.duplicates,
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
+            labelling=self._labelling(),
             lengths=self.lengths.report(),
             tokenization=self.tokenization,
+        )
+
+    def _labelling(self) -> LabellingReport | None:
+        if not any(opened.format is DataFormat.LABELLED_TEXT for opened in self.sources):
+            return None
+        log, rules = self.survey.log.labelling, self.survey.log.labelling.rules.report()
+        return LabellingReport(
+            aliases=dict(log.aliases) or None,
+            weak_rows=dict(self.survey.weak) if rules else None,
+            rule_rows=log.rules.rows if rules else None,
+            by_rule=rules or None,
+            balance=balance(self.survey.labels.get(Split.TRAIN, {}), self.labels or ()),
+            conflicts=self.survey.conflicts,
         )
 
     def _summary(self, quarantine: Quarantine) -> DataStatus:
@@ -130,9 +156,16 @@ class Findings:
             max_length=self.max_length,
             lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
+            duplicate_rows=_duplicate_rows(self.survey.duplicates),
+            weak_rows=self.survey.weak.total() if self.survey.log.labelling.rules.rows else None,
+            conflicting_rows=self.survey.conflicts.rows if self.survey.conflicts else None,
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
+
+
+def _duplicate_rows(report: DuplicateReport | None) -> int | None:
+    return report.exact_rows + (report.near_rows or 0) if report else None
 
 
 def _file_report(facts: FileFacts) -> FileReport:

@@ -20,7 +20,7 @@ def checked_text(value: Any, name: str) -> str:
     """The value, if it is a text that says something; otherwise raises InvalidRowError, which calls it `name`."""
     if value is None:
         raise InvalidRowError(f"{name} is missing")
-    if isinstance(value, float) and math.isnan(value):  # what pandas writes for it
+    if is_nan(value):
         raise InvalidRowError(f"{name} is missing", "it is NaN")
     if not isinstance(value, str):
         raise InvalidRowError(f"{name} is not text", f"it is of type {type(value).__name__}")
@@ -29,6 +29,11 @@ def checked_text(value: Any, name: str) -> str:
     if not is_unicode(value):
         raise InvalidRowError("not Unicode", f"{name} holds half of a surrogate pair")
     return value
+
+
+def is_nan(value: Any) -> bool:
+    """What pandas writes for what is missing."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def parsed(value: Any, name: str) -> Any:
