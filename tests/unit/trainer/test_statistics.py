@@ -146,8 +146,8 @@ def test_what_a_classification_tells(prepare, models):
 
 
 def test_what_a_generation_tells(prepare, models):
-    rows = [{"prompt": f"question {n}", "completion": "sales grow " * (1 + n % 12)} for n in range(80)]
-    _, found = prepare(Task.GENERATION, rows, training={"max_length": 64})
+    rows = [{"prompt": f"question {n}", "completion": "sales grow " * (1 + 2 * (n % 5) ** 2)} for n in range(80)]
+    _, found = prepare(Task.GENERATION, rows, training={"max_length": 128})
     told, train = found.tokenization, found.tokenization.splits["train"]
     assert "the answer is cut" in told.truncation
     assert train.answers_cut == train.truncated_rows == found.summary.truncated_rows > 0
