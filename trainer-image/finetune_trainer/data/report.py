@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from finetune_api.dataset import DataFormat
-from finetune_api.report import DataReport, DuplicateReport, FileReport, LabellingReport, LengthReport, SourceReport
+from finetune_api.report import (
+    DataReport,
+    DuplicateReport,
+    FileReport,
+    LabellingReport,
+    LengthHistogram,
+    LengthReport,
+    SourceReport,
+    TokenizationReport,
+)
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
 from finetune_trainer.data.labels import balance
@@ -45,6 +54,18 @@ class Lengths:
         mean = round(float(values.mean()), 2)
         return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
 
+    def histogram(self) -> LengthHistogram | None:
+        """None if there are no rows."""
+        values = np.frombuffer(self._values, dtype=np.int32)
+        if not len(values):
+            return None
+        doublings = np.arange(0, 2 * int(values.max()).bit_length() + 1) / 2
+        edges = np.unique(np.floor(2**doublings).astype(np.int64))
+        rows, _ = np.histogram(values, edges)
+        used = np.flatnonzero(rows)
+        first, last = int(used[0]), int(used[-1])
+        return LengthHistogram(edges=edges[first : last + 2].tolist(), rows=rows[first : last + 1].tolist())
+
     def status(self) -> LengthStatus | None:
         """None if there are no rows."""
         values = np.frombuffer(self._values, dtype=np.int32)
@@ -73,6 +94,7 @@ class Findings:
     cut_lengths: Lengths = field(default_factory=Lengths)
     """As they are trained on."""
     manifest: DataManifest | None = None
+    tokenization: TokenizationReport | None = None
 
     def report(self, quarantine: Quarantine) -> DataReport:
         return DataReport(
@@ -84,6 +106,7 @@ class Findings:
                     uri=file.uri,
                     sha256=self.hashes[file],
                     format=opened.format.value,
+                    columns=dict(opened.columns),
                     file=_file_report(self.files[file]),
                     rows_read=self.survey.read[file],
                     rows_rejected=quarantine.by_file[file],
@@ -99,6 +122,7 @@ class Findings:
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             labelling=self._labelling(),
             lengths=self.lengths.report(),
+            tokenization=self.tokenization,
         )
 
     def _labelling(self) -> LabellingReport | None:
