@@ -146,6 +146,8 @@ _PREFERRED = "scheduling.affinity.nodeAffinity.preferredDuringSchedulingIgnoredD
 _RATHER_NEAR = "scheduling.affinity.podAffinity.preferredDuringSchedulingIgnoredDuringExecution"
 _NEAR = "scheduling.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution"
 
+_RULE = {"name": "up", "label": "positive", "keywords": ["rises"]}
+
 BOUNDS = [
     _choice("task", "Translation"),
     _too_long("model.uri", 1024, "hf://owner/" + "x" * 1024),
@@ -170,6 +172,28 @@ BOUNDS = [
     _too_long("dataset.labels", 128, ["a", "x" * 129], "[1]"),
     _bound("dataset.labels", ["a", ""], "at least 1 chars long", "at least 1 character", place="[1]"),
     _bound("dataset.labels", [0, 1], "must be of type string", "should be a valid string", place="[0]"),
+    _too_many_keys("dataset.labelling.aliases", 512, "positive"),
+    _too_long("dataset.labelling.aliases", 128, {"pos": "x" * 129}, ".pos"),
+    _bound("dataset.labelling.aliases", {"pos": ""}, "at least 1 chars long", "at least 1 character", place=".pos"),
+    *_range("dataset.labelling.minimumRows", 0, "greater than or equal to 1", 1_000_001, "less than or equal to"),
+    _choice("dataset.labelling.conflicts", "Reject"),
+    _bound("dataset.labelling.rules", [], "should have at least 1 items", "should have at least 1 item"),
+    _too_many("dataset.labelling.rules", 32, _RULE),
+    _needs("dataset.labelling.rules", "dataset.labelling.rules[0].name", [{"label": "a", "keywords": ["x"]}]),
+    _pattern("dataset.labelling.rules", [_RULE | {"name": "Two words"}], "[0].name"),
+    _too_long("dataset.labelling.rules", 63, [_RULE | {"name": "x" * 64}], "[0].name"),
+    _too_long("dataset.labelling.rules", 128, [_RULE | {"label": "x" * 129}], "[0].label"),
+    _bound("dataset.labelling.rules", [_RULE | {"label": ""}], "at least 1 chars long", "at least 1 character", place="[0].label"),
+    _bound("dataset.labelling.rules", [_RULE | {"keywords": []}], "should have at least 1 items", "should have at least 1 item",
+           place="[0].keywords"),
+    _too_many("dataset.labelling.rules", 128, "x", "[0].keywords", lambda words: [_RULE | {"keywords": words}]),
+    _pattern("dataset.labelling.rules", [_RULE | {"keywords": [" "]}], "[0].keywords[0]"),
+    _too_long("dataset.labelling.rules", 64, [_RULE | {"keywords": ["x" * 65]}], "[0].keywords[0]"),
+    _too_long("dataset.labelling.rules", 256, [{"name": "r", "label": "a", "pattern": "x" * 257}], "[0].pattern"),
+    _bound("dataset.labelling.rules", [{"name": "r", "table": {f"v{n}": "a" for n in range(257)}}],
+           "must have at most 256 items", "should have at most 256 items", place="[0].table"),
+    _too_long("dataset.labelling.rules", 128, [{"name": "r", "table": {"v": "x" * 129}}], "[0].table.v"),
+    _too_long("dataset.labelling.rules", 128, [_RULE | {"column": "x" * 129}], "[0].column"),
     _choice("dataset.clean.unicode", "NFD"),
     _bound("dataset.clean.dropLines", [], "should have at least 1 items", "should have at least 1 item"),
     _too_many("dataset.clean.dropLines", 64, "x"),
@@ -394,6 +418,38 @@ RULES = [
     Invalid("empty test", {"dataset.test": {}}, field="spec.dataset.test", words="give either sources or fraction"),
     Invalid("same label twice", {"dataset.labels": ["a", "b", "a"]}, field="spec.dataset.labels[2]",
             words="Duplicate value", our_words="'a' may be given only once"),
+    Invalid("labelling of a generator", {"dataset.labelling": {"minimumRows": 2}}, GENERATION, field="spec.dataset.labelling",
+            words="labelling is for task Classification"),
+    Invalid("alias of an alias", {"dataset.labelling.aliases": {"pos": "good", "good": "positive"}},
+            field="spec.dataset.labelling.aliases", words="an alias may not lead to another alias"),
+    *(
+        Invalid(f"alias {name}", {"dataset.labels": ["positive", "negative"], "dataset.labelling.aliases": aliases},
+                field="spec.dataset.labelling.aliases", words="from a name that dataset.labels does not list to one that it lists")
+        for name, aliases in {"to nowhere": {"pos": "good"}, "of a label": {"negative": "positive"}}.items()
+    ),
+    *(
+        Invalid(f"rule for an unknown label: {name}", {"dataset.labels": ["positive", "negative"], "dataset.labelling.rules": [_RULE, rule]},
+                field="spec.dataset.labelling.rules", words="a rule must vote for a label that dataset.labels lists")
+        for name, rule in {"keywords": {**_RULE, "name": "other", "label": "good"},
+                           "table": {"name": "stars", "table": {"5": "positive", "4": "good"}}}.items()
+    ),
+    Invalid("same rule twice", {"dataset.labelling.rules": [_RULE, _RULE]}, field="spec.dataset.labelling.rules",
+            words="every rule needs a name of its own"),
+    *(
+        Invalid(f"rule with {name}", {"dataset.labelling.rules": [rule]}, field="spec.dataset.labelling.rules[0]",
+                words="give exactly one of keywords, pattern and table")
+        for name, rule in {"nothing to look for": {"name": "r", "label": "a"},
+                           "keywords and a pattern": {**_RULE, "pattern": "x"}}.items()
+    ),
+    *(
+        Invalid(f"rule {name}", {"dataset.labelling.rules": [rule]}, field="spec.dataset.labelling.rules[0].label",
+                words="keywords and pattern need a label; a table has labels of its own")
+        for name, rule in {"without a label": {"name": "r", "pattern": "x"},
+                           "with a table and a label": {"name": "r", "label": "a", "table": {"x": "a"}}}.items()
+    ),
+    Invalid("no pattern of a rule", {"dataset.labelling.rules": [{"name": "r", "label": "a", "pattern": "("}]},
+            field="spec.dataset.labelling.rules[0].pattern", words="xpression in RE2 syntax",
+            servers_field="spec.dataset.labelling.rules[0]"),
     Invalid("same language twice", {"dataset.clean.languages": ["en", "en"]}, field="spec.dataset.clean.languages[1]",
             words="Duplicate value", our_words="'en' may be given only once"),
     Invalid("same kind twice", {"dataset.personalData": {"action": "Redact", "kinds": ["Email", "Email"]}},
@@ -554,6 +610,10 @@ EVERYTHING: Changes = {
         ],
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
+        "labelling": {"aliases": {"pos": "positive", "-1": "negative"}, "minimumRows": 50, "conflicts": "Majority", "rules": [
+            {"name": "profit-warning", "label": "negative", "keywords": ["profit warning", "C++"]},
+            {"name": "going-up", "label": "positive", "pattern": r"(?i)\bup [0-9]+ ?%", "column": "headline"},
+            {"name": "stars", "column": "stars", "table": {"1": "negative", "3": "neutral", "5": "positive"}}]},
         "clean": {"repairEncoding": True, "unicode": "NFC", "removeControlCharacters": True, "normalizeWhitespace": True,
                   "dropLines": [r"^(Home|Menu)\b", "©"], "minCharacters": 3, "maxCharacters": 20000, "maxRepetition": 0.2,
                   "languages": ["en", "zh-Hant"]},
@@ -645,6 +705,10 @@ VALID = [
                                                 "gate": {"metric": "perplexity", "maximum": 20.5}}}, GENERATION),
     Valid("gate on a metric that is not listed", {"evaluation": {
         "metrics": ["accuracy"], "gate": {"metric": "weightedF1", "minimumGain": 0}}}),
+    Valid("as much labelling as there may be", {"dataset.labels": [f"{i:0128}" for i in range(512)], "dataset.labelling": {
+        "aliases": {f"alias {i}": f"{i:0128}" for i in range(512)},
+        "rules": [{"name": f"table-{n}", "table": {f"value {i}": f"{i:0128}" for i in range(256)}} for n in range(32)]}}),
+    Valid("labelling without a closed set", {"dataset.labelling": {"aliases": {"pos": "positive"}, "conflicts": "Drop", "rules": [_RULE]}}),
     Valid("as many labels as there may be", {"dataset.labels": [f"{i:0128}" for i in range(512)]}),
     Valid("as many sources as there may be", {"dataset.sources": [
         {"uri": "s3://bucket/" + "x" * 1000} for _ in range(32)]}),
@@ -676,6 +740,8 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "dataset.validation": (LEFT_OUT, {"fraction": 0.1}),
     "dataset.test": ({"fraction": 0.1}, {"fraction": 0.2}),
     "dataset.labels": (["a", "b"], ["b", "a"]),
+    "dataset.labelling": (LEFT_OUT, {"minimumRows": 2}),
+    "dataset.labelling.rules": ([_RULE], [_RULE | {"label": "negative"}]),
     "dataset.clean": (LEFT_OUT, {"unicode": "NFC"}),
     "dataset.personalData": (LEFT_OUT, {"action": "Redact"}),
     "dataset.personalData.action": ("Redact", "Keep"),

@@ -94,6 +94,8 @@ def full_status() -> FineTuneJobStatus:
             max_length=128,
             lengths=LengthStatus(p50=20, p95=60, p99=90, longest=128),
             labels=["negative", "positive"],
+            weak_rows=120,
+            conflicting_rows=6,
             personal_data={"Email": 12, "EMPLOYEE": 1},
             fingerprint="sha256:" + "0" * 64,
         ),

@@ -112,6 +112,49 @@ class CleanSpec(Document):
     )
 
 
+class ConflictAction(StrEnum):
+    KEEP = "Keep"
+    DROP = "Drop"
+    MAJORITY = "Majority"
+
+
+class LabelRule(Document):
+    rules: ClassVar = (
+        Rule("(has(self.keywords) ? 1 : 0) + (has(self.pattern) ? 1 : 0) + (has(self.table) ? 1 : 0) == 1", "give exactly one of keywords, pattern and table"),
+        Rule("has(self.table) != has(self.label)", "keywords and pattern need a label; a table has labels of its own", "label"),
+        Rule(f"!has(self.pattern) || {_COMPILES.format('self.pattern')}", f"expected {RE2_HELP}", "pattern"),
+    )
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)] = Field(description="What the report calls it, for example profit-warning.")
+    label: Label | None = Field(None, description="The label that keywords or pattern vote for.")
+    keywords: Annotated[list[Annotated[str, StringConstraints(pattern=r"\S", max_length=64)]], Field(min_length=1, max_length=128)] | None = Field(
+        None, description="It votes where one of these stands as whole words, whatever their case and the white space between them. Scripts that write no spaces need a pattern."
+    )
+    pattern: Pattern | None = Field(None, description=f"It votes where this is found: {RE2_HELP}. (?i) at its beginning ignores case.")
+    table: Annotated[dict[str, Label], Field(max_length=256)] | None = Field(
+        None, description="Value -> label. It votes where the whole value stands here, with the same case; white space at the ends does not count, and 5.0 is 5."
+    )
+    column: Column | None = Field(None, description="The column of the source to look at, as it stands there. Left out: the text, once it is cleaned and before personal data is replaced.")
+
+
+class LabellingSpec(Document):
+    rules: ClassVar = (
+        Rule("!has(self.aliases) || self.aliases.all(a, !(self.aliases[a] in self.aliases))", "an alias may not lead to another alias", "aliases"),
+        Rule("!has(self.rules) || self.rules.all(r, self.rules.exists_one(q, q.name == r.name))", "every rule needs a name of its own", "rules"),
+    )
+    aliases: Annotated[dict[str, Label], Field(max_length=512)] | None = Field(
+        None, description="Other name -> label, for example {pos: positive, '1': positive}, in all splits. Names are compared as they are written, case included, but for white space at their ends."
+    )
+    minimum_rows: int | None = Field(None, ge=1, le=1_000_000, description="Fewest training rows of each label, after everything else was decided: with less the job fails. Left out: 1.")
+    conflicts: ConflictAction = Field(
+        ConflictAction.KEEP, description="What is done where the same text has different labels. Keep: nothing. Drop: none of these rows is trained on. Majority: only those are that have the label of more than half of them. "
+        "Validation and test rows stay, for they show how good the labels are. All are counted in the report."
+    )
+    label_rules: Annotated[list[LabelRule], Field(min_length=1, max_length=32)] | None = Field(
+        None, alias="rules", description="Weak labels: a row without a label gets the one that most rules vote for, in all splits; it is left out if none votes or several labels have as many votes. A label that a row has stays. "
+        "A source then needs no label column, and the report tells for each rule how often it votes, with others, against others, and against labels that rows have."
+    )
+
+
 class PersonalDataAction(StrEnum):
     REDACT = "Redact"
     PSEUDONYMIZE = "Pseudonymize"
@@ -164,6 +207,11 @@ class DatasetSpec(Document):
         Rule("(has(self.validation) ? (has(self.validation.fraction) ? self.validation.fraction : 0.0) : 0.1) "
              "+ (has(self.test) && has(self.test.fraction) ? self.test.fraction : 0.0) <= 0.9",
              "validation (a tenth if left out) and test leave less than a tenth of the rows for training; lower their fractions"),
+        Rule("!has(self.labels) || !has(self.labelling) || !has(self.labelling.aliases) || self.labelling.aliases.all(a, self.labelling.aliases[a] in self.labels && !(a in self.labels))",
+             "an alias must lead from a name that dataset.labels does not list to one that it lists", "labelling.aliases"),
+        Rule("!has(self.labels) || !has(self.labelling) || !has(self.labelling.rules) || self.labelling.rules.all(r, "
+             "(!has(r.label) || r.label in self.labels) && (!has(r.table) || r.table.all(v, r.table[v] in self.labels)))",
+             "a rule must vote for a label that dataset.labels lists", "labelling.rules"),
     )
     sources: Sources = Field(description="Training data. All sources together must fit the task.")
     validation: Split | None = Field(None, description="Rows to choose the best checkpoint by. Left out: a tenth of the sources.")
@@ -172,6 +220,7 @@ class DatasetSpec(Document):
         None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
+    labelling: LabellingSpec | None = Field(None, description="How labels are read, checked and made (Classification).")
     clean: CleanSpec | None = Field(None, description="What is repaired in the texts of all splits, and which rows are left out. Left out: nothing is changed.")
     personal_data: PersonalDataSpec | None = Field(None, description="E-mail addresses, phone numbers, secrets and the like in the texts of all splits; labels are not looked at. Left out: not looked for.")
     max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")

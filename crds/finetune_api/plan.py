@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.dataset import CleanSpec, Columns, DataFormat, PersonalDataSpec
+from finetune_api.dataset import CleanSpec, Columns, DataFormat, LabellingSpec, PersonalDataSpec
 from finetune_api.spec import (
     Gate,
     LoraVariant,
@@ -69,6 +69,7 @@ class PlanDataset(Document):
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    labelling: LabellingSpec | None = None
     clean: CleanSpec | None = None
     personal_data: PlanPersonalData | None = None
     max_rejected: float = 0

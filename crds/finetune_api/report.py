@@ -73,6 +73,43 @@ class PersonalDataReport(Document):
     found: dict[str, int] = Field(description="Values by kind, or name of a pattern of dataset.personalData.")
 
 
+class RuleReport(Document):
+    """One of dataset.labelling.rules, on the rows of all splits; all but `accuracy` are rows."""
+
+    votes: int = Field(description="On which it votes: its coverage.")
+    overlaps: int = Field(description="Of those: on which another rule votes, too.")
+    conflicts: int = Field(description="Of those: on which another rule votes for another label.")
+    judged: int = Field(description="On which it votes and that have a label of their own.")
+    right: int = Field(description="Of those: that have the label it votes for.")
+    accuracy: float | None = Field(None, description="right / judged; unset if nothing could be judged.")
+
+
+class ConflictReport(Document):
+    """The same text with different labels, duplicates that are left out included."""
+
+    groups: int = Field(description="Texts with several labels.")
+    rows: int = Field(description="Rows with such a text.")
+    held_out_rows: int = Field(description="Of those: rows of validation and test. They are kept.")
+    rows_dropped: int = Field(description="Of those: training rows that dataset.labelling.conflicts leaves out.")
+
+
+class BalanceReport(Document):
+    """How evenly the labels share the training rows."""
+
+    majority_share: float = Field(description="Share of the commonest label: the accuracy of always answering it.")
+    imbalance_ratio: float = Field(description="Rows of the commonest label for each row of the rarest.")
+    note: str | None = Field(None, description="What follows from it, where it is extreme.")
+
+
+class LabellingReport(Document):
+    aliases: dict[str, int] | None = Field(None, description="Rows by alias of dataset.labelling.")
+    weak_rows: dict[str, int] | None = Field(None, description="Split -> rows whose label is of dataset.labelling.rules. On test they judge how well the model learned the rules.")
+    rule_rows: int | None = Field(None, description="Rows that the rules looked at.")
+    by_rule: dict[str, RuleReport] | None = Field(None, description="By the name of the rule.")
+    balance: BalanceReport | None = None
+    conflicts: ConflictReport | None = None
+
+
 class DataReport(Document):
     """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
 
@@ -85,6 +122,7 @@ class DataReport(Document):
     cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
     personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
+    labelling: LabellingReport | None = Field(None, description="Where the labels come from, and what is odd about them (Classification).")
     lengths: LengthReport | None = None
 
 

@@ -332,6 +332,7 @@ class FineTuneJobSpec(Document):
         Rule("!has(self.method.lora) || !has(self.method.lora.quantization) || (has(self.resources.gpus) ? self.resources.gpus > 0 : has(self.resources.gpuMemory))",
              "NF4 needs a CUDA GPU: ask for one with resources.gpus, or leave quantization out", "method.lora.quantization"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
+        Rule("self.task == 'Classification' || !has(self.dataset.labelling)", "labelling is for task Classification; leave it out", "dataset.labelling"),
         _format_fits_task("dataset.sources"),
         _format_fits_task("dataset.validation.sources"),
         _format_fits_task("dataset.test.sources"),

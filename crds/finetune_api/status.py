@@ -78,6 +78,8 @@ class DataStatus(Document):
     max_length: int = Field(description="Longest row in tokens that was allowed.")
     lengths: LengthStatus | None = Field(None, description="Tokens per training row.")
     labels: Annotated[list[str], Field(max_length=32)] | None = Field(None, description="Labels in the order of their class ids, the first 32.")
+    weak_rows: int | None = Field(None, description="Rows whose label is of dataset.labelling.rules; unset without rules.")
+    conflicting_rows: int | None = Field(None, description="Rows whose text stands there with another label, too (Classification).")
     personal_data: Annotated[dict[str, int], Field(max_length=24)] | None = Field(None, description="Values found by kind, for example Email: 12; unset if the spec does not ask for it.")
     fingerprint: str = Field(max_length=128, description="Hash of the rows, the tokenizer and the settings.")
 

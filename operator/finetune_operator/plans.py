@@ -152,6 +152,7 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
         test=split(spec.dataset.test, "test"),
         labels=spec.dataset.labels,
+        labelling=spec.dataset.labelling,
         clean=spec.dataset.clean,
         personal_data=_personal_data(spec, stage, layout),
         max_rejected=spec.dataset.max_rejected,

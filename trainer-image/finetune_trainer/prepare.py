@@ -25,7 +25,7 @@ from finetune_api.status import ModelStatus
 from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
 from finetune_trainer.data.convert import InvalidRowError, usable_formats
 from finetune_trainer.data.examples import LabelledText
-from finetune_trainer.data.labels import resolve_labels
+from finetune_trainer.data.labels import check_minimum, resolve_labels
 from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, decide, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
@@ -64,12 +64,14 @@ class Run:
         return Watch(self.telemetry, activity, start, end)
 
     def judge(self) -> None:
-        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has no rows left."""
+        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has not enough rows left."""
         dataset, survey = self.plan.dataset, self.findings.survey
         self.quarantine.check(survey.rows_read, dataset.max_rejected)
-        check_splits(survey.rows, dataset)
+        check_splits(survey.rows, dataset, self.quarantine.reasons())
         if self.plan.task is Task.CLASSIFICATION:
-            self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
+            labels = self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
+            if dataset.labelling and dataset.labelling.minimum_rows:
+                check_minimum(survey.labels[Split.TRAIN], labels, dataset.labelling.minimum_rows, dataset.labels)
 
     def report(self) -> DataReport:
         return self.findings.report(self.quarantine)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from finetune_api.constants import Stage
 from finetune_api.plan import JobReference
+from finetune_api.report import ConflictReport, LabellingReport
 from finetune_api.status import GateResult
 from finetune_trainer.publish.card import model_card, software_versions
 from finetune_trainer.publish.run import run
@@ -29,9 +30,9 @@ from tests.unit.trainer.trained_workspace import (
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
 
 
-def card(labels=LABELS, scores=None, dtype=torch.float32, **changes) -> str:
+def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, **changes) -> str:
     plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
-    data = data_report(labels)
+    data = data_report(labels).model_copy(update={"labelling": labelling})
     assert data.model is not None
     evaluation = scores or evaluation_report(labels)
     return model_card(plan, data, evaluation, model=data.model, best_step=20, dtype=dtype, versions=VERSIONS)
@@ -74,6 +75,16 @@ class TestMetadata:
 
 
 class TestContent:
+    def test_says_which_labels_no_person_gave_and_which_contradict_each_other(self):
+        conflicts = ConflictReport(groups=2, rows=1234, held_out_rows=0, rows_dropped=0)
+        text = card(
+            labelling=LabellingReport(weak_rows={"test": 7, "validation": 0, "train": 4010}, conflicts=conflicts)
+        )
+        assert "given by rules and not by people: 7 of test, 4,010 of train." in text
+        assert "1,234 rows have a text that stands there with another label, too." in text
+        sound = LabellingReport(conflicts=ConflictReport(groups=0, rows=0, held_out_rows=0, rows_dropped=0))
+        assert card(labelling=sound) == card()
+
     def test_says_which_weights_were_trained(self):
         head_first = {"epochs": 0.5, "learning_rate": 0.001}
         settings = rows(card(method="Full", lora=None, last_layers=2, head_first=head_first))

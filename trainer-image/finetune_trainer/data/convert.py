@@ -5,7 +5,7 @@ Formats (`DataFormat`) are what files look like; Alpaca rows, for example, becom
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
@@ -14,6 +14,7 @@ from finetune_api.plan import Plan, PlanSource
 from finetune_api.spec import Task
 
 from finetune_trainer.data.examples import (
+    UNLABELLED,
     Conversation,
     Example,
     LabelledText,
@@ -76,18 +77,20 @@ class InvalidRowError(ValueError):
 
 
 class Unwanted(NamedTuple):
-    """Why a sound example is left out; neither text quotes it."""
+    """Why an example is left out; neither text quotes it. `invalid`: it is not sound."""
 
     reason: str
     detail: str = ""
+    invalid: bool = False
 
 
 class Row:
-    """A raw row by the names of fields instead of columns."""
+    """A raw row by the names of fields instead of columns. `optional`: fields that it may lack, see `lacks`."""
 
-    def __init__(self, values: Mapping[str, Any], source: PlanSource) -> None:
+    def __init__(self, values: Mapping[str, Any], source: PlanSource, optional: Collection[str] = ()) -> None:
         self._values = values
         self._source = source
+        self._optional = optional
 
     def get(self, field: str) -> Any:
         """The value of the field's column; None if it is null or there is none."""
@@ -96,6 +99,13 @@ class Row:
     def text(self, field: str) -> str:
         """Raises InvalidRowError unless the field is a text that says something."""
         return checked_text(self.get(field), field)
+
+    def lacks(self, field: str) -> bool:
+        """Whether an optional field says nothing."""
+        if field not in self._optional:
+            return False
+        value = self.get(field)
+        return value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value)
 
 
 def column_names(source: PlanSource, field: str) -> tuple[str, ...]:
@@ -108,7 +118,7 @@ def checked_text(value: Any, name: str) -> str:
     """The value, if it is a text that says something; otherwise raises InvalidRowError, which calls it `name`."""
     if value is None:
         raise InvalidRowError(f"{name} is missing")
-    if isinstance(value, float) and math.isnan(value):  # what pandas writes for it
+    if _is_nan(value):
         raise InvalidRowError(f"{name} is missing", "it is NaN")
     if not isinstance(value, str):
         raise InvalidRowError(f"{name} is not text", f"it is of type {type(value).__name__}")
@@ -119,20 +129,33 @@ def checked_text(value: Any, name: str) -> str:
     return value
 
 
+def _is_nan(value: Any) -> bool:
+    """What pandas writes for what is missing."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _labelled_text(row: Row) -> LabelledText:
-    return LabelledText(row.text("text"), _label(row.get("label")))
+    return LabelledText(row.text("text"), UNLABELLED if row.lacks("label") else _label(row.get("label")))
 
 
 def _label(value: Any) -> str:
     """Names, and class numbers as JSON, Parquet and pandas (1.0) write them."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))
+    number = spelled_number(value)
+    if number is not None:
+        return number
     label = checked_text(value, "label").strip()
     if len(label) > MAX_LABEL_LENGTH:
         raise InvalidRowError("label is too long", f"{len(label)} characters, at most {MAX_LABEL_LENGTH}")
     return label
+
+
+def spelled_number(value: Any) -> str | None:
+    """A whole number or a truth value as JSON writes it; None if it is neither."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    return None
 
 
 def _plain_text(row: Row) -> PlainText:
@@ -239,18 +262,23 @@ def usable_columns(source: PlanSource) -> set[str]:
 
 
 def recognise_format(
-    file: SourceFile, source: PlanSource, usable: list[DataFormat], check: Callable[[], None] = lambda: None
+    file: SourceFile,
+    source: PlanSource,
+    usable: list[DataFormat],
+    check: Callable[[], None] = lambda: None,
+    optional: Collection[str] = (),
 ) -> DataFormat:
     """The source's format: as the spec says, else by the columns of the first row of `file` that can be read.
 
-    `check` is called for every row until then, and may raise to stop. Raises UserError if the columns fit none of
-    the `usable` formats.
+    `check` is called for every row until then, and may raise to stop. `optional`: fields that need no column, unless
+    the spec names it. Raises UserError if the columns fit none of the `usable` formats.
     """
     first = _first_row(file, source, check)
     if first is None:
         raise UserError(Reason.DATA_INVALID, f"{file.field}: {file.name} has no rows that can be read")
     candidates = [source.format] if source.format else _candidates(source, usable)
-    fitting = [f for f in candidates if not _missing_fields(f, first, source)]
+    spared = {field for field in optional if not getattr(source.columns, field)}
+    fitting = [f for f in candidates if not {*_missing_fields(f, first, source)} - spared]
     if fitting:
         return fitting[0]
     if len(candidates) == 1 and not recognise_file(file).kind.tabular:  # another row of a JSONL file may have them
@@ -291,9 +319,11 @@ def _no_format(file: SourceFile, source: PlanSource, candidates: list[DataFormat
     return f"{file.at(first.line)}: {'; '.join(needs)}: name the columns in {file.field}.columns"
 
 
-def convert_row(row: RawRow, source: PlanSource, data_format: DataFormat) -> Example | Rejection:
-    """The example that a row of a source is, or why it is none."""
+def convert_row(
+    row: RawRow, source: PlanSource, data_format: DataFormat, optional: Collection[str] = ()
+) -> Example | Rejection:
+    """The example that a row of a source is, or why it is none. `optional`: fields that may say nothing."""
     try:
-        return CONVERTERS[data_format](Row(row.values, source))
+        return CONVERTERS[data_format](Row(row.values, source, optional))
     except InvalidRowError as error:
         return Rejection(row.line, error.reason, error.detail)

@@ -10,10 +10,14 @@ class Turn(NamedTuple):
     content: str
 
 
+UNLABELLED = ""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledText:
     text: str
     label: str
+    """UNLABELLED until dataset.labelling.rules have given one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,12 @@ class Verdict(IntEnum):
 
     KEPT = 0
     HELD_OUT_DUPLICATE = 1
+    CONFLICTING_LABELS = 2
 
 
 REASONS = {
     Verdict.HELD_OUT_DUPLICATE: Unwanted("held-out duplicate", "a held-out source has the same text or prompt"),
+    Verdict.CONFLICTING_LABELS: Unwanted("conflicting labels", "other rows have the same text with another label"),
 }
 
 
@@ -33,13 +35,13 @@ class Ledger:
     """One entry per sound row, in the order of the sources (held-out ones first).
 
     After `close`: `origins`, `splits` uint8 (places in SPLITS), `verdicts` uint8, `lines`, `input_keys`, `whole_keys`
-    uint64, `labels` int16 (places in `label_names`, or NO_LABEL), each [rows].
+    uint64, `labels` int16 (places in `label_names`, or NO_LABEL), `weak` bool (labelled by rules), each [rows].
     """
 
     def __init__(self) -> None:
         self.label_names: list[str] = []
         self._label_ids: dict[str, int] = {}
-        self._origins, self._labels = array("B"), array("h")
+        self._origins, self._labels, self._weak = array("B"), array("h"), array("B")
         self._lines, self._input_keys, self._whole_keys = array("Q"), array("Q"), array("Q")
 
     def add(self, origin: Split, batch: WorkedBatch) -> None:
@@ -51,6 +53,7 @@ class Ledger:
         self._input_keys.extend(batch.input_keys)
         self._whole_keys.extend(batch.whole_keys)
         self._labels.extend(labels)
+        self._weak.frombytes(batch.weak or bytes(rows))
 
     def _label_id(self, label: str) -> int:
         number = self._label_ids.get(label)
@@ -67,6 +70,7 @@ class Ledger:
         self.input_keys: npt.NDArray[np.uint64] = np.frombuffer(self._input_keys, np.uint64)
         self.whole_keys: npt.NDArray[np.uint64] = np.frombuffer(self._whole_keys, np.uint64)
         self.labels: npt.NDArray[np.int16] = np.frombuffer(self._labels, np.int16)
+        self.weak: npt.NDArray[np.bool_] = np.frombuffer(self._weak, np.bool_)
         self.splits: npt.NDArray[np.uint8] = self.origins.copy()
         self.verdicts: npt.NDArray[np.uint8] = np.zeros(len(self.origins), np.uint8)
 
@@ -79,7 +83,13 @@ class Ledger:
         return kept
 
     def rows_by_split(self) -> dict[Split, int]:
-        counts = np.bincount(self.splits[self.kept], minlength=len(SPLITS))
+        return self._by_split(self.kept)
+
+    def weak_by_split(self) -> dict[Split, int]:
+        return self._by_split(self.kept & self.weak)
+
+    def _by_split(self, rows: npt.NDArray[np.bool_]) -> dict[Split, int]:
+        counts = np.bincount(self.splits[rows], minlength=len(SPLITS))
         return {split: int(count) for split, count in zip(SPLITS, counts, strict=True)}
 
     def labels_by_split(self) -> dict[Split, dict[str, int]]:

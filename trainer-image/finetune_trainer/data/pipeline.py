@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune_api.dataset import DataFormat
+import numpy.typing as npt
+from finetune_api.dataset import ConflictAction, DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
+from finetune_api.report import ConflictReport
 
 from finetune_trainer.data.convert import recognise_format, usable_columns
 from finetune_trainer.data.examples import Example, example_texts
+from finetune_trainer.data.label_conflicts import find_conflicts
+from finetune_trainer.data.labelling import check_columns, optional_fields, rule_columns
 from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
 from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
-from finetune_trainer.data.split import SPLITS, Split, group_rows, leave_out_held_out, place_rows
+from finetune_trainer.data.split import SPLITS, TRAIN, Split, group_rows, leave_out_held_out, place_rows
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, Log
 from finetune_trainer.errors import UserError
@@ -65,6 +69,9 @@ class Survey:
     log: Log = field(default_factory=Log)
     rows: Counter[str] = field(default_factory=Counter)
     labels: dict[str, Counter[str]] = field(default_factory=dict)
+    weak: Counter[str] = field(default_factory=Counter)
+    """By split: rows that have their label from a rule."""
+    conflicts: ConflictReport | None = None
 
     @property
     def rows_read(self) -> int:
@@ -74,6 +81,7 @@ class Survey:
         """As far as is decided by now."""
         self.rows = Counter(ledger.rows_by_split())
         self.labels = {split: Counter(counts) for split, counts in ledger.labels_by_split().items()}
+        self.weak = Counter(ledger.weak_by_split())
 
 
 def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Path, watch: Watch) -> list[OpenedSource]:
@@ -86,7 +94,9 @@ def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Pat
         for source in _sources(dataset, split):
             watch.check()
             files, ignored = fetch_source(source, downloads / source.field, watch)
-            data_format = recognise_format(first_with_rows(files), source, formats, watch.check)
+            data_format = recognise_format(
+                first_with_rows(files), source, formats, watch.check, optional_fields(dataset)
+            )
             opened.append(OpenedSource(source, split, files, data_format, ignored))
     return opened
 
@@ -147,7 +157,7 @@ def read_all(
     if processes is None:
         processes = process_count(sum(sizes))
     try:
-        for batch in work_batches(_batches(rows, watch), dataset, processes):
+        for batch in work_batches(_batches(rows, rule_columns(dataset), watch), dataset, processes):
             opened, file = rows.files[batch.file]
             watch.advance(sum(sizes[: batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read
@@ -156,6 +166,7 @@ def read_all(
                 quarantine.add(file, rejected.rejection, rejected.invalid)
             rows.ledger.add(opened.origin, batch)
             rows.spool.write(batch.file, len(batch.lines), batch.examples)
+        check_columns(dataset, survey.log.labelling)
     finally:  # refused data is reported too, as far as it was read
         rows.ledger.close()
         survey.count(rows.ledger)
@@ -167,14 +178,27 @@ def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Sur
     groups = group_rows(ledger.input_keys)
     ledger.verdicts[leave_out_held_out(ledger, groups)] = Verdict.HELD_OUT_DUPLICATE
     ledger.splits = place_rows(ledger, groups, dataset)
+    if ledger.label_names:
+        survey.conflicts = _leave_out_conflicts(ledger, groups, dataset)
     for file, rejection in rows.left_out():
         quarantine.add(file, rejection, invalid=False)
     survey.count(ledger)
 
 
-def _batches(rows: Rows, watch: Watch) -> Iterator[Batch]:
+def _leave_out_conflicts(ledger: Ledger, groups: npt.NDArray[np.int64], dataset: PlanDataset) -> ConflictReport:
+    """After the splits are known: rows of validation and test stay."""
+    action = dataset.labelling.conflicts if dataset.labelling else ConflictAction.KEEP
+    conflicts = find_conflicts(groups, ledger.labels)
+    trained = ledger.kept & (ledger.splits == TRAIN)
+    unwanted = conflicts.unwanted(action, trained)
+    ledger.verdicts[unwanted] = Verdict.CONFLICTING_LABELS
+    return conflicts.report(ledger.kept & (ledger.splits != TRAIN), int(unwanted.sum()))
+
+
+def _batches(rows: Rows, columns: set[str], watch: Watch) -> Iterator[Batch]:
+    """`columns`: those that are wanted besides the usable ones."""
     for number, (opened, file) in enumerate(rows.files):
-        for batch in _in_batches(read_rows(file, usable_columns(opened.source)), watch):
+        for batch in _in_batches(read_rows(file, usable_columns(opened.source) | columns), watch):
             yield Batch(number, opened.source, opened.format, batch)
 
 

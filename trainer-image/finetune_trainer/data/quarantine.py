@@ -55,19 +55,22 @@ class Quarantine:
         """Raises UserError (DataInvalid) if more than the share `max_rejected` of all rows is invalid."""
         if not self.invalid or self.invalid / rows_read <= max_rejected:
             return
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common(NAMED_REJECTIONS))
-        others = len(self.counts) - NAMED_REJECTIONS
-        counts += f", {others} other reason{'s' if others > 1 else ''}" if others > 0 else ""
         more = f" and {self.invalid - len(self._examples)} more" if self.invalid > len(self._examples) else ""
         raise UserError(
             Reason.DATA_INVALID,
             f"{'; '.join(self._examples)}{more}. Invalid: {self.invalid} of {rows_read} rows; dataset.maxRejected is "
-            f"{max_rejected:.3g}. By reason: {counts}. All are in {self._path.parent.name}/{self._path.name}",
+            f"{max_rejected:.3g}. By reason: {self.reasons()}. All are in {self._path.parent.name}/{self._path.name}",
         )
 
     def discard(self) -> None:
         """What is there stays, since nothing is judged anew."""
         self._discarded = True
+
+    def reasons(self) -> str:
+        """The commonest reasons with their rows: "label is missing 3, invalid JSON 2"; empty if nothing is rejected."""
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common(NAMED_REJECTIONS))
+        others = len(self.counts) - NAMED_REJECTIONS
+        return counts + (f", {others} other reason{'s' if others > 1 else ''}" if others > 0 else "")
 
     def __enter__(self) -> Self:
         return self

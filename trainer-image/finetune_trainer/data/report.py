@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from finetune_api.report import DataReport, FileReport, LengthReport, SourceReport
+from finetune_api.dataset import DataFormat
+from finetune_api.report import DataReport, FileReport, LabellingReport, LengthReport, SourceReport
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
+from finetune_trainer.data.labels import balance
 from finetune_trainer.data.pipeline import OpenedSource, Survey
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import FileFacts
@@ -94,7 +96,21 @@ class Findings:
             cleaning=self.survey.log.cleaning.report(),
             personal_data=self.survey.log.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
+            labelling=self._labelling(),
             lengths=self.lengths.report(),
+        )
+
+    def _labelling(self) -> LabellingReport | None:
+        if not any(opened.format is DataFormat.LABELLED_TEXT for opened in self.sources):
+            return None
+        log, rules = self.survey.log.labelling, self.survey.log.labelling.rules.report()
+        return LabellingReport(
+            aliases=dict(log.aliases) or None,
+            weak_rows=dict(self.survey.weak) if rules else None,
+            rule_rows=log.rules.rows if rules else None,
+            by_rule=rules or None,
+            balance=balance(self.survey.labels.get(Split.TRAIN, {}), self.labels or ()),
+            conflicts=self.survey.conflicts,
         )
 
     def _summary(self, quarantine: Quarantine) -> DataStatus:
@@ -115,6 +131,8 @@ class Findings:
             max_length=self.max_length,
             lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
+            weak_rows=self.survey.weak.total() if self.survey.log.labelling.rules.rows else None,
+            conflicting_rows=self.survey.conflicts.rows if self.survey.conflicts else None,
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )

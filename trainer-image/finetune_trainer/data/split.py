@@ -111,8 +111,8 @@ def _spread_labels(
         splits[heads[labels[heads] == label][-1]] = TRAIN
 
 
-def check_splits(rows: Mapping[str, int], dataset: PlanDataset) -> None:
-    """Raises UserError (DataInvalid) for a split without rows. `rows`: split -> rows."""
+def check_splits(rows: Mapping[str, int], dataset: PlanDataset, left_out: str = "") -> None:
+    """Raises UserError (DataInvalid) for a split without rows. `rows`: split -> rows; `left_out`: why not more."""
     wanted = [Split.TRAIN, Split.VALIDATION, *([Split.TEST] if dataset.test else [])]
     empty = [split for split in wanted if not rows.get(split)]
     if not empty:
@@ -126,4 +126,4 @@ def check_splits(rows: Mapping[str, int], dataset: PlanDataset) -> None:
             f"dataset.{empty[0]}.fraction: {plan.fraction:g} of {total} rows gave none: "
             "raise it, add rows, or give the split sources of its own"
         )
-    raise UserError(Reason.DATA_INVALID, message)
+    raise UserError(Reason.DATA_INVALID, f"{message}. Left out: {left_out}" if left_out else message)

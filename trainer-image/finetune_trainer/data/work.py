@@ -1,4 +1,4 @@
-"""What is done to each row by itself, batch by batch, in any process: convert, clean, protect, and key it.
+"""What is done to each row by itself, batch by batch, in any process: convert, clean, label, protect, and key it.
 
 Nothing here needs to know another row, so batches can be worked on at the same time. No torch, no transformers:
 a process that works on batches should start fast and stay small.
@@ -6,9 +6,9 @@ a process that works on batches should start fast and stay small.
 
 import pickle
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from finetune_api.dataset import DataFormat
@@ -16,7 +16,8 @@ from finetune_api.plan import PlanDataset, PlanSource
 
 from finetune_trainer.data.clean import Cleaner, CleaningLog
 from finetune_trainer.data.convert import Unwanted, convert_row
-from finetune_trainer.data.examples import Example, LabelledText
+from finetune_trainer.data.examples import UNLABELLED, Example, LabelledText
+from finetune_trainer.data.labelling import Labeller, LabellingLog, optional_fields
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
 from finetune_trainer.data.read import RawRow, Rejection
 from finetune_trainer.data.split import input_key, whole_key
@@ -51,14 +52,16 @@ class Packed(NamedTuple):
 
 @dataclass
 class Log:
-    """What was done to the texts, counted; logs of different batches add up."""
+    """What was done to the rows, counted; logs of different batches add up."""
 
     cleaning: CleaningLog = field(default_factory=CleaningLog)
     personal_data: PersonalDataLog = field(default_factory=PersonalDataLog)
+    labelling: LabellingLog = field(default_factory=LabellingLog)
 
     def merge(self, other: "Log") -> None:
         self.cleaning.merge(other.cleaning)
         self.personal_data.merge(other.personal_data)
+        self.labelling.merge(other.labelling)
 
 
 class RejectedRow(NamedTuple):
@@ -80,6 +83,8 @@ class WorkedBatch:
     labels: list[str] | None
     examples: Packed
     log: Log
+    weak: bytes = b""
+    """1 for each row that has its label from a rule; empty: none has."""
 
     @property
     def rows_read(self) -> int:
@@ -93,28 +98,36 @@ class BatchWorker:
         self._cleaner = Cleaner(dataset.clean) if dataset.clean else None
         self._protector = Protector(dataset.personal_data) if dataset.personal_data else None
         self._action = dataset.personal_data.settings.action if dataset.personal_data else None
-        self._labels = set(dataset.labels or ())
+        self._labeller = Labeller(dataset)
+        self._optional = optional_fields(dataset)
 
     def new_log(self) -> Log:
-        return Log(CleaningLog(self._cleaner.names if self._cleaner else ()), PersonalDataLog(self._action))
+        return Log(
+            CleaningLog(self._cleaner.names if self._cleaner else ()),
+            PersonalDataLog(self._action),
+            self._labeller.new_log(),
+        )
 
     def work(self, batch: Batch) -> WorkedBatch:
         log = self.new_log()
         rejected: list[RejectedRow] = []
         lines: list[int] = []
+        weak = bytearray()
         examples: list[Example] = []
         for row in batch.rows:
-            result = row if isinstance(row, Rejection) else convert_row(row, batch.source, batch.format)
+            if isinstance(row, Rejection):
+                rejected.append(RejectedRow(row))
+                continue
+            result = convert_row(row, batch.source, batch.format, self._optional)
             if isinstance(result, Rejection):
                 rejected.append(RejectedRow(result))
                 continue
-            changed = self._change(result, log)
+            changed = self._change(result, row.values, log)
             if isinstance(changed, Unwanted):
-                rejected.append(RejectedRow(Rejection(row.line, changed.reason, changed.detail), invalid=False))
-            elif self._labels and isinstance(changed, LabelledText) and changed.label not in self._labels:
-                rejected.append(RejectedRow(Rejection(row.line, "label is unknown", "dataset.labels does not list it")))
+                rejected.append(RejectedRow(Rejection(row.line, changed.reason, changed.detail), changed.invalid))
             else:
                 lines.append(row.line)
+                weak.append(isinstance(result, LabelledText) and result.label == UNLABELLED)
                 examples.append(changed)
         return WorkedBatch(
             file=batch.file,
@@ -125,14 +138,19 @@ class BatchWorker:
             labels=_labels(examples),
             examples=Packed.pack(examples),
             log=log,
+            weak=bytes(weak),
         )
 
-    def _change(self, example: Example, log: Log) -> Example | Unwanted:
-        """Cleaning, then personal data, which it may have laid bare."""
-        cleaned = self._cleaner.clean(example, log.cleaning) if self._cleaner else example
-        if self._protector is None or isinstance(cleaned, Unwanted):
-            return cleaned
-        return self._protector.protect(cleaned, log.personal_data)
+    def _change(self, example: Example, values: Mapping[str, Any], log: Log) -> Example | Unwanted:
+        """Cleaning; then the label, for rules look at what was written; then personal data, which cleaning may have
+        laid bare. `values`: the columns of the row.
+        """
+        changed = self._cleaner.clean(example, log.cleaning) if self._cleaner else example
+        if isinstance(changed, LabelledText):
+            changed = self._labeller.label(changed, values, log.labelling)
+        if self._protector is None or isinstance(changed, Unwanted):
+            return changed
+        return self._protector.protect(changed, log.personal_data)
 
 
 def _labels(examples: list[Example]) -> list[str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from finetune_api.plan import Plan, PlanDevice, PlanEarlyStopping, PlanHeadFirst
-from finetune_api.report import DataReport, Evaluation, EvaluationReport
+from finetune_api.report import DataReport, Evaluation, EvaluationReport, LabellingReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
 from huggingface_hub import ModelCardData
@@ -183,9 +183,21 @@ def _data(data: DataReport) -> list[str]:
         labels = list(dict.fromkeys(label for counts in data.labels.values() for label in counts))
         rows = ((label, *(f"{counts.get(label, 0):,}" for counts in data.labels.values())) for label in labels)
         parts.append(_table(("Label", *data.labels), rows))
+    if data.labelling:
+        parts.extend(_labelling(data.labelling))
     if data.rejections:
         parts.append(_table(("Rejected because", "Rows"), sorted(data.rejections.items())))
     return parts
+
+
+def _labelling(labelling: LabellingReport) -> list[str]:
+    """What a reader of the scores must know of the labels."""
+    weak = ", ".join(f"{rows:,} of {split}" for split, rows in (labelling.weak_rows or {}).items() if rows)
+    odd = labelling.conflicts.rows if labelling.conflicts else 0
+    return [
+        *([f"Rows whose label was given by rules and not by people: {weak}."] if weak else []),
+        *([f"{odd:,} rows have a text that stands there with another label, too."] if odd else []),
+    ]
 
 
 def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, Any]]:
