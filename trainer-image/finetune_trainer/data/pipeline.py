@@ -23,6 +23,7 @@ from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
 from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
+from finetune_trainer.data.review.decisions import Decisions
 from finetune_trainer.data.split import SPLITS, TRAIN, Split, group_rows, leave_out_held_out, place_rows
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, Log
@@ -59,6 +60,7 @@ class PlacedRow:
     line: int
     split: Split
     example: Example
+    suspicious: bool = False
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Rows:
             file = self.files[chunk.file][1]
             for number, example in enumerate(chunk.examples, start=chunk.start):
                 if kept[number]:
-                    yield PlacedRow(file, int(ledger.lines[number]), SPLITS[ledger.splits[number]], example)
+                    split, suspicious = SPLITS[ledger.splits[number]], bool(ledger.suspicious[number])
+                    yield PlacedRow(file, int(ledger.lines[number]), split, example, suspicious)
 
     def left_out(self) -> Iterator[tuple[SourceFile, Rejection]]:
         """Those that are not, and why."""
@@ -145,11 +148,12 @@ def read_all(
     survey: Survey,
     watch: Watch,
     *,
+    decisions: Decisions | None = None,
     processes: int | None = None,
 ) -> None:
     """Reads every row once and works on it: sound ones into `rows`, the others into `quarantine`; counts into `survey`.
 
-    processes: left out, as many as this process may use CPUs and the data is worth.
+    decisions: of people on rows. processes: left out, as many as this process may use CPUs and the data is worth.
 
     Raises UserError (DataInvalid), StageError if a process was killed, Interrupted.
     """
@@ -157,7 +161,7 @@ def read_all(
     if processes is None:
         processes = process_count(sum(sizes))
     try:
-        for batch in work_batches(_batches(rows, rule_columns(dataset), watch), dataset, processes):
+        for batch in work_batches(_batches(rows, rule_columns(dataset), watch), dataset, processes, decisions):
             opened, file = rows.files[batch.file]
             watch.advance(sum(sizes[: batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read
@@ -172,8 +176,11 @@ def read_all(
         survey.count(rows.ledger)
 
 
-def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> None:
-    """What can only be said of a row when all are known: which are left out, and the splits of the others."""
+def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> npt.NDArray[np.int64]:
+    """What can only be said of a row when all are known: which are left out, and the splits of the others.
+
+    Returns the groups: the number of a row that stands for all with the same input, for each row.
+    """
     ledger = rows.ledger
     groups = group_rows(ledger.input_keys)
     ledger.verdicts[leave_out_held_out(ledger, groups)] = Verdict.HELD_OUT_DUPLICATE
@@ -183,6 +190,7 @@ def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Sur
     for file, rejection in rows.left_out():
         quarantine.add(file, rejection, invalid=False)
     survey.count(ledger)
+    return groups
 
 
 def _leave_out_conflicts(ledger: Ledger, groups: npt.NDArray[np.int64], dataset: PlanDataset) -> ConflictReport:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from finetune_api.dataset import DataFormat
-from finetune_api.report import DataReport, FileReport, LabellingReport, LengthReport, SourceReport
+from finetune_api.report import DataReport, FileReport, LabellingReport, LengthReport, ReviewReport, SourceReport
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
 from finetune_trainer.data.labels import balance
@@ -65,9 +65,12 @@ class Findings:
     max_length: int
     sources: list[OpenedSource] = field(default_factory=list)
     hashes: dict[SourceFile, str] = field(default_factory=dict)
+    decisions: dict[SourceFile, str] = field(default_factory=dict)
+    """The files of dataset.review.decisions with their hashes."""
     files: dict[SourceFile, FileFacts] = field(default_factory=dict)
     survey: Survey = field(default_factory=Survey)
     labels: list[str] | None = None
+    review: ReviewReport | None = None
     model: ModelStatus | None = None
     lengths: Lengths = field(default_factory=Lengths)
     cut_lengths: Lengths = field(default_factory=Lengths)
@@ -97,6 +100,7 @@ class Findings:
             personal_data=self.survey.log.personal_data.report(),
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             labelling=self._labelling(),
+            review=self.review,
             lengths=self.lengths.report(),
         )
 
@@ -133,6 +137,7 @@ class Findings:
             labels=_status_labels(self.labels) if self.labels else None,
             weak_rows=self.survey.weak.total() if self.survey.log.labelling.rules.rows else None,
             conflicting_rows=self.survey.conflicts.rows if self.survey.conflicts else None,
+            suspicious_rows=self.review.suspicious_rows if self.review else None,
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )

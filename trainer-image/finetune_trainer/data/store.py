@@ -4,8 +4,8 @@
     data/<split>/00000.arrow ...
 
 One file holds about `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long. A
-preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs. A split has weights
-only if some of its rows count less than others.
+preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs. A split has
+weights only if some of its rows count less than others.
 """
 
 from collections.abc import Iterable, Sequence

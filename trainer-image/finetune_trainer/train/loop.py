@@ -312,8 +312,8 @@ class Loop:
 
 
 class Counts(NamedTuple):
-    """What an optimizer step is made of. `weight`: what the sum of its losses is divided by: their number, or the sum of
-    their weights.
+    """What an optimizer step is made of. `weight`: what the sum of its losses is divided by, their number or the sum
+    of their weights.
     """
 
     weight: float

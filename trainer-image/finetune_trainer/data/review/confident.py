@@ -1,5 +1,5 @@
-"""Confident learning (Northcutt, Jiang, Chuang 2021, https://arxiv.org/abs/1911.00068): which labels are probably wrong,
-from what a classifier that has not seen a row says of it.
+"""Confident learning (Northcutt, Jiang, Chuang 2021, https://arxiv.org/abs/1911.00068): which labels are probably
+wrong, from what a classifier that has not seen a row says of it.
 
 A class counts for a row if its probability reaches the class's threshold: the mean probability that rows of this class
 are given for it. So a class of which the classifier is never sure is not held to the standard of one that is easy.
@@ -12,17 +12,21 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class Judged(NamedTuple):
-    """Of rows, each [rows]. `suggested`: the likeliest class that counts, or the given one where none does; `confidence`:
-    its probability; `margin`: probability of the given class less that of the likeliest other one, -1 to 1; the lower,
-    the more suspicious (normalized margin, section 3.2).
+    """Of rows, each [rows]. `suggested`: the likeliest class that counts, or the given one where none does (then
+    `counts` is False); `margin`: probability of the given class less that of the likeliest other one, -1 to 1; the
+    lower, the more suspicious (normalized margin, section 3.2).
     """
 
     suggested: Numbers
-    confidence: Floats
     margin: Floats
+    counts: Mask
+
+    def of(self, rows: Mask) -> "Judged":
+        return Judged(self.suggested[rows], self.margin[rows], self.counts[rows])
 
 
 class Thresholds:
@@ -50,16 +54,16 @@ def judge(probabilities: Floats, labels: Numbers, thresholds: Floats) -> Judged:
     every = np.arange(len(labels))
     counting = np.where(probabilities >= thresholds, probabilities, -1)
     likeliest = counting.argmax(axis=1)
-    suggested = np.where(counting[every, likeliest] >= 0, likeliest, labels)
+    counts = counting[every, likeliest] >= 0
     others = probabilities.copy()
     others[every, labels] = -1
     margin = probabilities[every, labels] - others.max(axis=1)
-    return Judged(suggested, probabilities[every, suggested], margin)
+    return Judged(np.where(counts, likeliest, labels), margin, counts)
 
 
-def is_suspicious(judged: Judged, labels: Numbers) -> npt.NDArray[np.bool_]:
+def is_suspicious(judged: Judged, labels: Numbers) -> Mask:
     """Rows beside the diagonal of the confident joint whose given class is not the likeliest: [rows]."""
-    found: npt.NDArray[np.bool_] = (judged.suggested != labels) & (judged.margin < 0)
+    found: Mask = (judged.suggested != labels) & (judged.margin < 0)
     return found
 
 
@@ -71,16 +75,15 @@ class ConfidentJoint:
         """[given, probable]; a row of which no class counts is in none."""
         self._given = np.zeros(classes, np.int64)
 
-    def add(self, probabilities: Floats, labels: Numbers, thresholds: Floats, judged: Judged) -> None:
+    def add(self, labels: Numbers, judged: Judged) -> None:
         classes = len(self._given)
-        counts = (probabilities >= thresholds).any(axis=1)
-        pairs = labels[counts] * classes + judged.suggested[counts]
+        pairs = labels[judged.counts] * classes + judged.suggested[judged.counts]
         self.counts += np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
         self._given += np.bincount(labels, minlength=classes)
 
     def error_share(self) -> float:
-        """Estimated share of wrong labels: what is beside the diagonal once each row of the joint is scaled to the number
-        of rows that have its class (equation 3).
+        """Estimated share of wrong labels: what is beside the diagonal once each row of the joint is scaled to the
+        number of rows that have its class (equation 3).
         """
         sums = self.counts.sum(axis=1)
         right = np.divide(self.counts.diagonal(), sums, out=np.ones(len(sums)), where=sums > 0)

@@ -13,21 +13,18 @@ from scipy import sparse
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
 
-from finetune_trainer.data.confident import Floats, Numbers, Thresholds
+from finetune_trainer.data.review.confident import Floats, Numbers, Thresholds
 
 FOLDS = 5
 WORD_CHARACTERS, PIECE_CHARACTERS = 2_000, 400
 """From the beginning of a text: words need more room, pieces of words help with short texts."""
 
 MOST_FEATURES = 1 << 18
-WEIGHT_BYTES = 160 << 20
-"""For the classifiers of all folds: with 512 labels there are 2^14 features."""
-
-MOST_ROWS = 100_000
-"""To learn from; more rows are judged by what these teach."""
+WEIGHT_BYTES = 120 << 20
+"""For the classifiers of all folds: with 512 labels there are 2^13 features."""
 
 UPDATES = 100_000_000
-"""Of the weights of one class by one row: what learning may take, minutes at most."""
+"""Of the weights of one class by one row: what learning may take, a minute or two."""
 
 MOST_EPOCHS = 5
 BATCH_VALUES = 1 << 20
@@ -38,17 +35,6 @@ REGULARISATION = 1e-4
 def fold_of(keys: npt.NDArray[np.uint64]) -> Numbers:
     """The fold of each row, by the key of its text (or of the first of its near-duplicates)."""
     return (keys % np.uint64(FOLDS)).astype(np.int64)
-
-
-def learning_sample(keys: npt.NDArray[np.uint64], classes: int) -> npt.NDArray[np.bool_]:
-    """The rows to learn from, [rows]: all, or those with the lowest hashes if these are enough."""
-    most = min(MOST_ROWS, UPDATES // ((FOLDS - 1) * classes))
-    if len(keys) <= most:
-        return np.ones(len(keys), np.bool_)
-    mixed = keys * np.uint64(0x9E3779B97F4A7C15)  # other bits than those that chose split and fold
-    chosen = np.zeros(len(keys), np.bool_)
-    chosen[np.argsort(mixed, kind="stable")[:most]] = True
-    return chosen
 
 
 class Features:
@@ -78,8 +64,12 @@ class Classifiers:
         self.seen = np.zeros((FOLDS, classes), np.int64)
         """Rows of each class that the classifier of each fold has learned from."""
 
-    def learn(self, features: sparse.csr_array, labels: Numbers, folds: Numbers, check: Callable[[], None]) -> None:
-        """features: [rows, size]; labels, folds: [rows]. `check` is called for every batch, and may raise to stop."""
+    def learn(
+        self, features: sparse.csr_array, labels: Numbers, folds: Numbers, advance: Callable[[float], None]
+    ) -> None:
+        """features: [rows, size]; labels, folds: [rows]. `advance` is called for every batch with the share of the work
+        that is done, and may raise to stop.
+        """
         epochs = max(1, min(MOST_EPOCHS, UPDATES // max(1, len(labels) * self._classes * (FOLDS - 1))))
         for fold in range(FOLDS):
             rows = np.flatnonzero(folds != fold)
@@ -90,7 +80,7 @@ class Classifiers:
             for epoch in range(epochs):
                 order = np.random.default_rng([fold, epoch]).permutation(rows)
                 for batch in _batches(order, features.indptr):
-                    check()
+                    advance((fold + epoch / epochs) / FOLDS)
                     model.partial_fit(features[batch], labels[batch], classes=np.arange(self._classes))
             self._weights.append(self._taken_from(model))
 
@@ -109,14 +99,12 @@ class Classifiers:
             found[rows] = _shares(scores)
         return found
 
-    def thresholds(self, features: sparse.csr_array, labels: Numbers, folds: Numbers) -> tuple[Floats, float]:
-        """Mean self-confidence by class [classes], and the accuracy, both on rows that the judges have not seen."""
-        thresholds, right = Thresholds(self._classes), 0
+    def thresholds(self, features: sparse.csr_array, labels: Numbers, folds: Numbers) -> Floats:
+        """Of the classes, from rows that their judges have not seen: [classes]."""
+        thresholds = Thresholds(self._classes)
         for batch in _batches(np.arange(len(labels)), features.indptr):
-            probabilities = self.probabilities(features[batch], folds[batch])
-            thresholds.add(probabilities, labels[batch])
-            right += int((probabilities.argmax(axis=1) == labels[batch]).sum())
-        return thresholds.values, right / len(labels)
+            thresholds.add(self.probabilities(features[batch], folds[batch]), labels[batch])
+        return thresholds.values
 
 
 def _shares(scores: Floats) -> Floats:
