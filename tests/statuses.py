@@ -94,6 +94,7 @@ def full_status() -> FineTuneJobStatus:
             max_length=128,
             lengths=LengthStatus(p50=20, p95=60, p99=90, longest=128),
             labels=["negative", "positive"],
+            duplicate_rows=14,
             weak_rows=120,
             conflicting_rows=6,
             suspicious_rows=7,

@@ -112,6 +112,22 @@ class CleanSpec(Document):
     )
 
 
+class DuplicateAction(StrEnum):
+    DROP = "Drop"
+    KEEP = "Keep"
+
+
+class DuplicatesSpec(Document):
+    action: DuplicateAction = Field(
+        DuplicateAction.DROP, description="What is done with rows of dataset.sources that say what an earlier row says. Drop: only the first is kept. Keep: they are only counted. "
+        "Rows of validation and test sources always stay, so that scores can be compared."
+    )
+    similarity: float | None = Field(
+        None, ge=0.5, lt=1, description="From which similarity on two rows say nearly the same: the estimated share of the sequences of three words that they have in common (MinHash), 0.8 for example. "
+        "Such rows go to one split, and rows that are similar to one of a validation or test source are not trained on. Left out: only rows with the same texts are duplicates."
+    )
+
+
 class ConflictAction(StrEnum):
     KEEP = "Keep"
     DROP = "Drop"
@@ -239,6 +255,7 @@ class DatasetSpec(Document):
         None, description="The closed set of labels, in the order of the class ids (Classification). Left out: all labels found, sorted.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
+    duplicates: DuplicatesSpec | None = Field(None, description="Rows that say the same, or nearly. Left out: they are kept, those with the same input in one split.")
     labelling: LabellingSpec | None = Field(None, description="How labels are read, checked and made (Classification).")
     review: ReviewSpec | None = Field(None, description="Wrong labels: found in the training rows, shown to people in report/review.jsonl, and corrected by their decisions (Classification). Left out: not looked for.")
     clean: CleanSpec | None = Field(None, description="What is repaired in the texts of all splits, and which rows are left out. Left out: nothing is changed.")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import Stage
-from finetune_api.dataset import CleanSpec, Columns, DataFormat, LabellingSpec, PersonalDataSpec
+from finetune_api.dataset import CleanSpec, Columns, DataFormat, DuplicatesSpec, LabellingSpec, PersonalDataSpec
 from finetune_api.spec import (
     Gate,
     LoraVariant,
@@ -75,6 +75,7 @@ class PlanDataset(Document):
     validation: PlanSplit
     test: PlanSplit | None = None
     labels: list[str] | None = None
+    duplicates: DuplicatesSpec | None = None
     labelling: LabellingSpec | None = None
     review: PlanReview | None = None
     clean: CleanSpec | None = None

@@ -77,6 +77,20 @@ class PersonalDataReport(Document):
     found: dict[str, int] = Field(description="Values by kind, or name of a pattern of dataset.personalData.")
 
 
+class DuplicateReport(Document):
+    """Rows that say what an earlier row says, of all splits."""
+
+    similarity: float | None = Field(None, description="From which rows count as nearly the same; unset: that was not looked for.")
+    exact_rows: int = Field(description="With the texts, and the answer or label, of an earlier row.")
+    near_rows: int | None = Field(None, description="Others that are similar to an earlier row with the same label.")
+    rows_dropped: int = Field(description="Of both: left out.")
+    held_out_rows: int = Field(description="Rows that are left out since a validation or test source has them, or similar ones.")
+    groups: int = Field(description="Sets of rows that are similar or have the same input, by way of others too.")
+    largest_group: int = Field(description="Rows of the largest.")
+    group_sizes: dict[str, int] = Field(description="How many groups have so many rows.")
+    note: str | None = Field(None, description="What to look at, where one group holds much of the data.")
+
+
 class RuleReport(Document):
     """One of dataset.labelling.rules, on the rows of all splits; all but `accuracy` are rows."""
 
@@ -165,6 +179,7 @@ class DataReport(Document):
     rejections: dict[str, int] = Field(description="Rejected rows by reason.")
     cleaning: CleaningReport | None = Field(None, description="Set if the spec has dataset.clean.")
     personal_data: PersonalDataReport | None = Field(None, description="Set if the spec has dataset.personalData.")
+    duplicates: DuplicateReport | None = Field(None, description="Set if the spec has dataset.duplicates.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
     labelling: LabellingReport | None = Field(None, description="Where the labels come from, and what is odd about them (Classification).")
     review: ReviewReport | None = Field(None, description="Set if the spec has dataset.review.")

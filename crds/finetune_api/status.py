@@ -78,6 +78,7 @@ class DataStatus(Document):
     max_length: int = Field(description="Longest row in tokens that was allowed.")
     lengths: LengthStatus | None = Field(None, description="Tokens per training row.")
     labels: Annotated[list[str], Field(max_length=32)] | None = Field(None, description="Labels in the order of their class ids, the first 32.")
+    duplicate_rows: int | None = Field(None, description="Rows that say what an earlier one says, or nearly; unset if the spec does not ask for it.")
     weak_rows: int | None = Field(None, description="Rows whose label is of dataset.labelling.rules; unset without rules.")
     conflicting_rows: int | None = Field(None, description="Rows whose text stands there with another label, too (Classification).")
     suspicious_rows: int | None = Field(None, description="Training rows whose label is probably wrong (report/review.jsonl); unset without dataset.review.")

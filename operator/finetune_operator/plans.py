@@ -155,6 +155,7 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         validation=split(spec.dataset.validation, "validation") or PlanSplit(fraction=VALIDATION_FRACTION),
         test=split(spec.dataset.test, "test"),
         labels=spec.dataset.labels,
+        duplicates=spec.dataset.duplicates,
         labelling=spec.dataset.labelling,
         review=_review(spec, stage, layout),
         clean=spec.dataset.clean,

@@ -25,9 +25,11 @@ from finetune_api.status import ModelStatus
 
 from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
 from finetune_trainer.data.convert import InvalidRowError, usable_formats
+from finetune_trainer.data.decide import decide
+from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
 from finetune_trainer.data.labels import check_minimum, resolve_labels
-from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, decide, open_sources, read_all
+from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
@@ -49,7 +51,7 @@ if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of befo
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".data-download"
-SPOOL = "rows"
+SPOOL, SIGNATURES = "rows", "signatures"
 
 
 @dataclass(frozen=True)
@@ -156,18 +158,22 @@ def fetch_data(this: Run, downloads: Path) -> None:
 
 def make_data(this: Run, downloads: Path) -> DataReport:
     """The data is judged before the model is fetched."""
-    with Spool(downloads / SPOOL) as spool:
-        rows = read_data(this, spool)
+    similarity = this.plan.dataset.duplicates.similarity if this.plan.dataset.duplicates else None
+    with ExitStack() as stack:
+        spool = stack.enter_context(Spool(downloads / SPOOL))
+        signatures = None
+        if similarity is not None:
+            signatures = stack.enter_context(SignatureFiles(downloads / SIGNATURES, similarity))
+        rows = read_data(this, Rows(this.findings.sources, spool, signatures))
         revision = fetch_model(this.plan.model, this.workspace, this.watch("Fetching the model", 0.2, 0.5))
         encoder, _ = open_foundation(this, revision)
         write_data(this, rows, encoder)
     return this.report()
 
 
-def read_data(this: Run, spool: Spool) -> Rows:
+def read_data(this: Run, rows: Rows) -> Rows:
     """Judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
-    rows = Rows(findings.sources, spool)
     watch = this.watch("Reading data", 0.1, 0.2)
     decided = read_decisions(findings.decisions, dataset, watch.check)
     read_all(rows, dataset, this.quarantine, findings.survey, watch, decisions=decided.decisions)

@@ -13,9 +13,10 @@ from finetune_operator.local import LocalLayout
 from finetune_operator.manifest_file import read_job
 from finetune_operator.observed import Key, Resource
 from finetune_operator.plans import build_plan
+from finetune_trainer.data.decide import decide
 from finetune_trainer.data.label_rules import LabelRules
 from finetune_trainer.data.labelling import elected, label_rules
-from finetune_trainer.data.pipeline import Rows, Survey, decide, open_sources, read_all
+from finetune_trainer.data.pipeline import Rows, Survey, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.telemetry import Telemetry

@@ -25,8 +25,9 @@ from finetune_api.constants import Reason, Stage
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import JobReference, PlanDataset
 from finetune_trainer.data.convert import FIELDS
+from finetune_trainer.data.decide import decide
 from finetune_trainer.data.examples import example_texts
-from finetune_trainer.data.pipeline import Rows, Survey, decide, open_sources, read_all
+from finetune_trainer.data.pipeline import Rows, Survey, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import FileFacts, FileKind, recognise_file
 from finetune_trainer.data.spool import Spool

@@ -18,7 +18,8 @@ from finetune_api.constants import Stage
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import JobReference, PlanDataset
 from finetune_trainer.data import pipeline
-from finetune_trainer.data.pipeline import PlacedRow, Rows, Survey, decide, open_sources, read_all
+from finetune_trainer.data.decide import decide
+from finetune_trainer.data.pipeline import PlacedRow, Rows, Survey, open_sources, read_all
 from finetune_trainer.data.pool import process_count
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.spool import Spool

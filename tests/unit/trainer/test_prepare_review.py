@@ -254,6 +254,22 @@ def test_the_same_text_with_two_labels_is_shown_once(desk):
     assert (report.review.decisions.corrected, report.review.decisions.confirmed) == (1, 1)
 
 
+def test_near_duplicates_do_not_speak_for_each_other(desk):
+    """Thirty copies of a wrong label, each a little different: the other rows are believed, not they."""
+    rows, _ = spoil(headlines(300))
+    text = f"Firm X {' '.join(WORDS['positive'])} in the second edition, part"
+    copies = [{"text": f"{text} {number}", "label": "negative"} for number in range(30)]
+    desk.write("train.jsonl", rows + copies)
+    desk.prepare()
+    assert sum("edition" in row.text for row in desk.queue()) < 15, "as copies of each other they look right"
+    for action in ("Keep", "Drop"):
+        report = desk.prepare(duplicates={"similarity": 0.7, "action": action})
+        shown = [row for row in desk.queue() if "edition" in row.text]
+        assert {(row.label, row.suggested) for row in shown} == {("negative", "positive")}
+        assert len(shown) == (30 if action == "Keep" else 1)
+        assert report.review.judged_rows == report.summary.train_rows
+
+
 def test_the_queue_is_no_longer_than_asked_for_and_a_decision_holds_in_every_split(desk):
     rows, _ = spoil(headlines(300))
     desk.write("train.jsonl", rows)

@@ -23,11 +23,15 @@ class Verdict(IntEnum):
     KEPT = 0
     HELD_OUT_DUPLICATE = 1
     CONFLICTING_LABELS = 2
+    DUPLICATE = 3
+    NEAR_DUPLICATE = 4
 
 
 REASONS = {
-    Verdict.HELD_OUT_DUPLICATE: Unwanted("held-out duplicate", "a held-out source has the same text or prompt"),
+    Verdict.HELD_OUT_DUPLICATE: Unwanted("held-out duplicate", "a held-out source has the same or a similar one"),
     Verdict.CONFLICTING_LABELS: Unwanted("conflicting labels", "other rows have the same text with another label"),
+    Verdict.DUPLICATE: Unwanted("duplicate", "an earlier row says the same"),
+    Verdict.NEAR_DUPLICATE: Unwanted("near duplicate", "an earlier row says nearly the same"),
 }
 
 

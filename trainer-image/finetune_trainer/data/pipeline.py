@@ -1,4 +1,4 @@
-"""The sources as placed rows: read, worked on in batches, decided about, and read again from the spool.
+"""The sources as rows: read, worked on in batches, and, once they are placed, read again from the spool.
 
 Texts pass by once and lie on disk after that; what is known of all rows at once is the ledger.
 """
@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from finetune_api.dataset import ConflictAction, DataFormat
+from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
-from finetune_api.report import ConflictReport
+from finetune_api.report import ConflictReport, DuplicateReport
 
 from finetune_trainer.data.convert import recognise_format, usable_columns
+from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import Example, example_texts
-from finetune_trainer.data.label_conflicts import find_conflicts
 from finetune_trainer.data.labelling import check_columns, optional_fields, rule_columns
 from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
 from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
 from finetune_trainer.data.review.decisions import Decisions
-from finetune_trainer.data.split import SPLITS, TRAIN, Split, group_rows, leave_out_held_out, place_rows
+from finetune_trainer.data.split import SPLITS, Split
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, Log
 from finetune_trainer.errors import UserError
@@ -74,6 +73,7 @@ class Survey:
     weak: Counter[str] = field(default_factory=Counter)
     """By split: rows that have their label from a rule."""
     conflicts: ConflictReport | None = None
+    duplicates: DuplicateReport | None = None
 
     @property
     def rows_read(self) -> int:
@@ -116,9 +116,11 @@ def _sources(dataset: PlanDataset, split: Split) -> list[PlanSource]:
 class Rows:
     """All sound rows: their examples in a spool, their numbers in a ledger."""
 
-    def __init__(self, sources: Sequence[OpenedSource], spool: Spool) -> None:
+    def __init__(self, sources: Sequence[OpenedSource], spool: Spool, signatures: SignatureFiles | None = None) -> None:
+        """signatures: where similar rows are looked for."""
         self.files = [(opened, file) for opened in sources for file in opened.files]
         self.spool = spool
+        self.signatures = signatures
         self.ledger = Ledger()
 
     def placed(self) -> Iterator[PlacedRow]:
@@ -170,37 +172,12 @@ def read_all(
                 quarantine.add(file, rejected.rejection, rejected.invalid)
             rows.ledger.add(opened.origin, batch)
             rows.spool.write(batch.file, len(batch.lines), batch.examples)
+            if rows.signatures and batch.signed:
+                rows.signatures.add(batch.signed)
         check_columns(dataset, survey.log.labelling)
     finally:  # refused data is reported too, as far as it was read
         rows.ledger.close()
         survey.count(rows.ledger)
-
-
-def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> npt.NDArray[np.int64]:
-    """What can only be said of a row when all are known: which are left out, and the splits of the others.
-
-    Returns the groups: the number of a row that stands for all with the same input, for each row.
-    """
-    ledger = rows.ledger
-    groups = group_rows(ledger.input_keys)
-    ledger.verdicts[leave_out_held_out(ledger, groups)] = Verdict.HELD_OUT_DUPLICATE
-    ledger.splits = place_rows(ledger, groups, dataset)
-    if ledger.label_names:
-        survey.conflicts = _leave_out_conflicts(ledger, groups, dataset)
-    for file, rejection in rows.left_out():
-        quarantine.add(file, rejection, invalid=False)
-    survey.count(ledger)
-    return groups
-
-
-def _leave_out_conflicts(ledger: Ledger, groups: npt.NDArray[np.int64], dataset: PlanDataset) -> ConflictReport:
-    """After the splits are known: rows of validation and test stay."""
-    action = dataset.labelling.conflicts if dataset.labelling else ConflictAction.KEEP
-    conflicts = find_conflicts(groups, ledger.labels)
-    trained = ledger.kept & (ledger.splits == TRAIN)
-    unwanted = conflicts.unwanted(action, trained)
-    ledger.verdicts[unwanted] = Verdict.CONFLICTING_LABELS
-    return conflicts.report(ledger.kept & (ledger.splits != TRAIN), int(unwanted.sum()))
 
 
 def _batches(rows: Rows, columns: set[str], watch: Watch) -> Iterator[Batch]:

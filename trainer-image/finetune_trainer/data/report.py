@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from finetune_api.dataset import DataFormat
-from finetune_api.report import DataReport, FileReport, LabellingReport, LengthReport, ReviewReport, SourceReport
+from finetune_api.report import (
+    DataReport,
+    DuplicateReport,
+    FileReport,
+    LabellingReport,
+    LengthReport,
+    ReviewReport,
+    SourceReport,
+)
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
 from finetune_trainer.data.labels import balance
@@ -98,6 +106,7 @@ class Findings:
             rejections=dict(quarantine.counts.most_common()),
             cleaning=self.survey.log.cleaning.report(),
             personal_data=self.survey.log.personal_data.report(),
+            duplicates=self.survey.duplicates,
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             labelling=self._labelling(),
             review=self.review,
@@ -135,12 +144,17 @@ class Findings:
             max_length=self.max_length,
             lengths=self.cut_lengths.status(),
             labels=_status_labels(self.labels) if self.labels else None,
+            duplicate_rows=_duplicate_rows(self.survey.duplicates),
             weak_rows=self.survey.weak.total() if self.survey.log.labelling.rules.rows else None,
             conflicting_rows=self.survey.conflicts.rows if self.survey.conflicts else None,
             suspicious_rows=self.review.suspicious_rows if self.review else None,
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )
+
+
+def _duplicate_rows(report: DuplicateReport | None) -> int | None:
+    return report.exact_rows + (report.near_rows or 0) if report else None
 
 
 def _file_report(facts: FileFacts) -> FileReport:

@@ -16,6 +16,7 @@ from finetune_api.plan import PlanDataset, PlanSource
 
 from finetune_trainer.data.clean import Cleaner, CleaningLog
 from finetune_trainer.data.convert import Unwanted, convert_row
+from finetune_trainer.data.duplicates.signatures import Signed, sign
 from finetune_trainer.data.examples import UNLABELLED, Example, LabelledText
 from finetune_trainer.data.labelling import Labeller, LabellingLog, optional_fields
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
@@ -86,6 +87,7 @@ class WorkedBatch:
     labels: list[str] | None
     examples: Packed
     log: Log
+    signed: Signed | None = None
     weak: bytes = b""
     """1 for each row that has its label from a rule; empty: none has."""
 
@@ -102,6 +104,7 @@ class BatchWorker:
         self._protector = Protector(dataset.personal_data) if dataset.personal_data else None
         self._action = dataset.personal_data.settings.action if dataset.personal_data else None
         self._labeller = Labeller(dataset)
+        self._similarity = dataset.duplicates.similarity if dataset.duplicates else None
         self._optional = optional_fields(dataset)
         self._reviewer = Reviewer(decisions or {})
 
@@ -144,6 +147,7 @@ class BatchWorker:
             labels=_labels(examples),
             examples=Packed.pack(examples),
             log=log,
+            signed=sign(examples, self._similarity) if self._similarity is not None else None,
             weak=bytes(weak),
         )
 
