@@ -70,7 +70,7 @@ def _in_order(pool: ProcessPoolExecutor, batches: Iterator[Batch], ahead: int) -
         raise failure
 
 
-def _start(dataset: PlanDataset, decisions: Decisions | None) -> None:
+def _start(dataset: PlanDataset, decisions: Decisions | None = None) -> None:
     """In a new process: it ends with its parent, which alone is told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -50,7 +50,7 @@ class Features:
     def of(self, texts: Sequence[str]) -> sparse.csr_array:
         words = self._words.transform([text[:WORD_CHARACTERS] for text in texts])
         pieces = self._pieces.transform([text[:PIECE_CHARACTERS] for text in texts])
-        return sparse.csr_array((words + pieces) / np.float32(np.sqrt(2)))
+        return sparse.csr_array((words + pieces) * 0.5**0.5).astype(np.float32)
 
 
 class Classifiers:

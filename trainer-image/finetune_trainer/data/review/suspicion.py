@@ -24,7 +24,7 @@ from finetune_trainer.data.spool import Spool
 LEAST_EXAMPLES = 5
 """Of a label, outside of a row's fold: a classifier that has seen less of it cannot say that it is not that."""
 
-MOST_ROWS, MOST_VALUES = 100_000, 1 << 24
+MOST_ROWS, MOST_VALUES = 100_000, 1 << 23
 """Rows to learn from, and values in their vectors, 8 bytes each. More rows are judged by what these teach."""
 
 MOST_PAIRS = 100
