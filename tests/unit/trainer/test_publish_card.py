@@ -30,9 +30,9 @@ from tests.unit.trainer.trained_workspace import (
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
 
 
-def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, **changes) -> str:
+def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, review=None, **changes) -> str:
     plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
-    data = data_report(labels).model_copy(update={"labelling": labelling})
+    data = data_report(labels).model_copy(update={"labelling": labelling, "review": review})
     assert data.model is not None
     evaluation = scores or evaluation_report(labels)
     return model_card(plan, data, evaluation, model=data.model, best_step=20, dtype=dtype, versions=VERSIONS)
