@@ -175,7 +175,7 @@ BOUNDS = [
     *_range("dataset.review.suspectWeight", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
     *_range("dataset.review.maxRows", 0, "greater than or equal to 1", 100_001, "less than or equal to"),
     _bound("dataset.review.decisions", [], "should have at least 1 items", "should have at least 1 item"),
-    _too_many("dataset.review.decisions", 32, TEXTS[0]),
+    _too_many("dataset.review.decisions", 8, TEXTS[0]),
     _too_long("dataset.review.decisions", 1024, [{"uri": "hf://datasets/" + "x" * 1024}], "[0].uri"),
     _needs("dataset.review.decisions", "dataset.review.decisions[0].uri", [{}]),
     _choice("dataset.duplicates.action", "Merge"),

@@ -220,7 +220,7 @@ class PersonalDataSpec(Document):
 
 class DecisionFile(Document):
     rules: ClassVar = uri_rules()
-    uri: Uri = Field(description=f"report/review.jsonl with its decisions filled in; or any file of rows with the columns rowHash and decision: JSONL, JSON, CSV, TSV, Parquet or Arrow. {URI_HELP}.")
+    uri: Uri = Field(description=f"report/review.jsonl with its decisions filled in; or any file of rows with the columns rowHash and decision: JSONL, JSON, CSV, TSV, Parquet or Arrow; or a folder or a pattern, as in dataset.sources. {URI_HELP}.")
     secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
 
 
@@ -229,7 +229,7 @@ class ReviewSpec(Document):
 
     suspect_weight: float | None = Field(None, ge=0, le=1, description="How much the loss of a suspicious row counts in training; other rows count 1. Left out: 1, they are only reported.")
     max_rows: int = Field(1000, ge=1, le=100_000, description="Most rows in report/review.jsonl, the most suspicious ones. That file holds text of the dataset, cleaned and with personal data treated as the spec says.")
-    decisions: Annotated[list[DecisionFile], Field(min_length=1, max_length=32)] | None = Field(
+    decisions: Annotated[list[DecisionFile], Field(min_length=1, max_length=8)] | None = Field(
         None, description="What people decided on rows of report/review.jsonl: the right label, 'keep' (the label is right) or 'drop' (leave the row out). It holds for every row with this text, in all splits; "
         "an empty decision is none. Rows that were decided are not asked about again."
     )

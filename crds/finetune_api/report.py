@@ -129,7 +129,9 @@ class LabellingReport(Document):
 
 
 class Suspicion(StrEnum):
-    """Why somebody should look at the label of a row."""
+    """Why somebody should look at the label of a row: a classifier finds another one likelier; or the same text has another
+    one, with dataset.duplicates.similarity also a similar text.
+    """
 
     LIKELY_WRONG = "LikelyWrong"
     CONFLICTING_LABELS = "ConflictingLabels"

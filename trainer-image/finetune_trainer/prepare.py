@@ -33,7 +33,7 @@ from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sou
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
-from finetune_trainer.data.review.decisions import Decided, check_labels, read_decisions
+from finetune_trainer.data.review.decisions import Decided, check_labels, check_names, read_decisions
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
@@ -194,6 +194,7 @@ def review_labels(this: Run, rows: Rows, groups: npt.NDArray[np.int64], decided:
     settings, findings = this.plan.dataset.review, this.findings
     if settings is None:
         return
+    check_names(rows.ledger.label_names)
     watch = this.watch("Looking for wrong labels", 0.2, 0.2)
     path, facts = this.workspace.report / REVIEW, find_facts(rows, groups, decided)
     report = review(rows, facts, settings, path, lambda done: watch.advance(done, 1))

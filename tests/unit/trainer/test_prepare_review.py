@@ -301,6 +301,16 @@ def test_a_rare_label_is_not_suspicious_for_being_rare(desk):
     assert not [row for row in desk.queue() if row.label == "rare"]
 
 
+@pytest.mark.parametrize("label", ["keep", "drop"])
+def test_a_label_that_would_be_taken_for_a_decision_is_refused(desk, label):
+    rows = [row | {"label": label if row["label"] == "neutral" else row["label"]} for row in headlines(90)]
+    desk.write("train.jsonl", rows)
+    with pytest.raises(UserError, match=f"a label is '{label}', which is a decision in dataset.review"):
+        desk.prepare()
+    assert not (desk.report() / "review.jsonl").exists()
+    assert desk.prepare(labelling={"aliases": {label: "neutral"}}).review.judged_rows > 60
+
+
 def test_a_stop_is_answered(desk, monkeypatch):
     desk.write("train.jsonl", headlines(300))
     plan = desk.plan()

@@ -140,6 +140,16 @@ def check_labels(decided: Decided, log: ReviewLog) -> None:
             raise _no_label(decided.places[text])
 
 
+def check_names(labels: Iterable[str]) -> None:
+    """Raises UserError (DataInvalid) for a label that would be taken for a decision."""
+    if taken := {KEEP, DROP} & {*labels}:
+        raise UserError(
+            Reason.DATA_INVALID,
+            f"dataset.sources: a label is '{min(taken)}', which is a decision in dataset.review: give it another name "
+            "by dataset.labelling.aliases",
+        )
+
+
 class Reviewer:
     """The decisions at work. `review` is a pure function of the example; it counts into a log."""
 
