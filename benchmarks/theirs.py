@@ -2,18 +2,15 @@
 
 import argparse
 import json
-import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
-from bench import BUILD, HERE, ROOT, ROWS_PER_STEP, WORK, execute, say
+from bench import BUILD, HERE, ROWS_PER_STEP, WORK, execute, install
 from ours import Ours
 from report import Figures
 
 TRL_VENV = BUILD / "trl-venv"
-LOCK = ROOT / "requirements.lock"
 TRL_PACKAGES = ("trl==1.16.0", "torch", "transformers", "peft", "accelerate")
 """All but the first as they are locked."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -115,17 +112,7 @@ def export_rows(workspace: Path, target: Path) -> None:
 
 
 def install_trl() -> None:
-    """TRL in a virtual environment of its own, with the locked versions of what both sides use."""
-    stamp = TRL_VENV / "benchmark-packages"
-    wanted = "\n".join(TRL_PACKAGES) + "\n" + LOCK.read_text(encoding="utf-8")
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return
-    say(f"installing {TRL_PACKAGES[0]} in {TRL_VENV.relative_to(ROOT)}")
-    if not trl_python().exists():
-        venv.create(TRL_VENV, with_pip=True)
-    pip = [str(trl_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--constraint", str(LOCK), *TRL_PACKAGES], check=True)
-    stamp.write_text(wanted, encoding="utf-8")
+    install(TRL_VENV, TRL_PACKAGES)
 
 
 def trl_python() -> Path:

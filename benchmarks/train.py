@@ -14,7 +14,6 @@ A rate is tokens over the seconds of the optimizer steps; models are loaded and 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import HERE, ROOT, WORK, execute, say
+from bench import HERE, ROOT, WORK, cpu_name, execute, say
 from ours import Ours
 from report import BEST, DEFAULT, OURS, Figures, ratios, table
 from theirs import Trl, install_trl, trl_python
@@ -118,12 +117,6 @@ def describe(options: argparse.Namespace, ours: Ours) -> dict[str, Any]:
         "profile_steps": options.profile_steps,
         "options": {name: str(value) for name, value in vars(options).items()},
     }
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def read_options() -> argparse.Namespace:

@@ -643,7 +643,7 @@ EVERYTHING: Changes = {
         "clean": {"repairEncoding": True, "unicode": "NFC", "removeControlCharacters": True, "normalizeWhitespace": True,
                   "dropLines": [r"^(Home|Menu)\b", "©"], "minCharacters": 3, "maxCharacters": 20000, "maxRepetition": 0.2,
                   "languages": ["en", "zh-Hant"]},
-        "personalData": {"action": "Pseudonymize", "kinds": ["Email", "Phone", "NationalId"], "countries": ["DE", "US"],
+        "personalData": {"action": "Pseudonymize", "kinds": ["Email", "Phone", "NationalId", "PersonName"], "countries": ["DE", "US"],
                          "patterns": [{"name": "EMPLOYEE", "pattern": r"\bE-[0-9]{6}\b"}], "keySecretRef": {"name": "pseudonyms"}},
     },
     "method": {"type": "LoRA", "lora": {"variant": "DoRA", "rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["query", "value"],

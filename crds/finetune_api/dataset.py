@@ -48,7 +48,7 @@ class Columns(Document):
 
 class Source(Document):
     rules: ClassVar = uri_rules()
-    uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd or bz2. {URI_HELP}.")
+    uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd, bz2 or xz. {URI_HELP}.")
     format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row.")
     columns: Columns | None = Field(None, description="Column names, where they differ from the usual ones.")
     secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
@@ -187,6 +187,7 @@ class PersonalDataKind(StrEnum):
     IP_ADDRESS = "IPAddress"
     URL_CREDENTIALS = "UrlCredentials"
     SECRET = "Secret"
+    PERSON_NAME = "PersonName"
 
 
 class PersonalDataPattern(Document):
@@ -206,8 +207,9 @@ class PersonalDataSpec(Document):
         description="What is done with what is found. Redact: a placeholder such as [EMAIL] takes its place. Pseudonymize: one that is the same for the same value, such as [EMAIL_5f0e8d3c21b7a964] "
         "(HMAC-SHA256 with the key of keySecretRef). Reject: the row is left out. Keep: it is only counted."
     )
-    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=8), AfterValidator(_once)] | None = Field(
-        None, description="What is looked for. Left out: all. Numbers count only if their check digits are right.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    kinds: Annotated[list[PersonalDataKind], Field(min_length=1, max_length=9), AfterValidator(_once)] | None = Field(
+        None, description="What is looked for. Left out: all but PersonName. Numbers count only if their check digits are right. PersonName needs a trainer image with Presidio "
+        "and a language model, and takes many times as long as all others.", json_schema_extra={"x-kubernetes-list-type": "set"}
     )
     countries: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$", max_length=2)]], Field(min_length=1, max_length=32), AfterValidator(_once)] | None = Field(
         None, description="Countries (ISO 3166, such as DE) whose phone numbers are also found without +, and whose national ids are looked for. Left out: phone numbers with + only, and "

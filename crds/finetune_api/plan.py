@@ -132,6 +132,13 @@ class PlanTraining(Document):
     compile: bool = False
 
 
+class PlanSample(Document):
+    """What `finetune validate` asks of prepare: to judge the data and the model's settings, and to fetch no weights."""
+
+    rows: int | None = Field(None, ge=1, description="Most rows of each source, from the beginnings of its files. None: all.")
+    tokenize: bool = Field(True, description="False: the model is out of reach; the data is judged alone.")
+
+
 class PlanEvaluation(Document):
     metrics: list[Metric]
     gate: Gate | None = None
@@ -169,3 +176,4 @@ class Plan(Document):
     evaluation: PlanEvaluation
     device: PlanDevice
     output: PlanOutput
+    sample: PlanSample | None = Field(None, description="Only of `finetune validate`, never in a cluster.")

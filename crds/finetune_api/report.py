@@ -1,7 +1,7 @@
 """Documents in the workspace's `report/` folder, for people and programs: the evidence behind the status.
 
 - `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`, rows whose label
-  people should look at in `report/review.jsonl`.
+  people should look at in `report/review.jsonl`. `report/data.html` is the same for people.
 - `report/evaluation.json`: `EvaluationReport`, written by train.
 """
 
@@ -10,9 +10,11 @@ from enum import StrEnum
 from pydantic import Field
 
 from finetune_api.base import Document
+from finetune_api.constants import Reason
 from finetune_api.status import DataStatus, GateResult, ModelStatus, Score
 
 DATA_REPORT = "data.json"
+DATA_PAGE = "data.html"
 QUARANTINE = "quarantine.jsonl"
 REVIEW = "review.jsonl"
 EVALUATION_REPORT = "evaluation.json"
@@ -22,7 +24,7 @@ class FileReport(Document):
     """How a file was read: recognised by its content."""
 
     kind: str = Field(description="JSONL, JSON, CSV, Text, Parquet, Arrow or ArrowStream.")
-    compression: str | None = Field(None, description="gzip, zstd or bz2.")
+    compression: str | None = Field(None, description="gzip, zstd, bz2 or xz.")
     encoding: str | None = Field(None, description="Python's name of it. One that is not UTF-8 and has no byte order mark is an informed guess.")
     delimiter: str | None = Field(None, description="Between the fields of a CSV file.")
 
@@ -170,10 +172,47 @@ class ReviewReport(Document):
     decisions: DecisionReport | None = Field(None, description="Set if the spec has dataset.review.decisions.")
 
 
+class Level(StrEnum):
+    ERROR = "Error"
+    WARNING = "Warning"
+
+
+class Remark(StrEnum):
+    """Reasons of warnings. The comment says what one can do."""
+
+    ROWS_REJECTED = "RowsRejected"  # no more than dataset.maxRejected allows: look at quarantine.jsonl
+    ROWS_TRUNCATED = "RowsTruncated"  # raise training.maxLength, or shorten the rows
+    ENCODING_GUESSED = "EncodingGuessed"  # look at some rows, or save the file as UTF-8
+    PERSONAL_DATA_KEPT = "PersonalDataKept"  # choose another dataset.personalData.action
+    LABELS_DOUBTFUL = "LabelsDoubtful"  # look at review.jsonl, and give your decisions back
+    SAMPLE_TOO_SMALL = "SampleTooSmall"  # the sample does not show it: read more rows, or all
+    MODEL_UNREACHABLE = "ModelUnreachable"  # the tokens were not counted, and the model was not checked
+    CLUSTER_ONLY = "ClusterOnly"  # good for `finetune run`, refused by a cluster
+
+
+class DataFinding(Document):
+    """One thing about the data that somebody should know before training."""
+
+    level: Level = Field(description="Error: the job fails. Warning: it goes on.")
+    reason: Reason | Remark = Field(description="Why, as a constant for programs.")
+    field: str | None = Field(None, description="Where in the spec, for example dataset.sources[0].")
+    message: str = Field(description="What was found, for people. It holds no text of the dataset.")
+    rows: int | None = Field(None, description="How many rows it is about.")
+
+
+class SampleReport(Document):
+    """Of `finetune validate`."""
+
+    rows_per_source: int | None = Field(None, description="Most rows that were read of each source; unset: all.")
+    complete: bool = Field(description="Whether that was all of the data.")
+
+
 class DataReport(Document):
     """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
 
     summary: DataStatus
+    findings: list[DataFinding] = Field(default_factory=list, description="Errors, then warnings.")
+    sample: SampleReport | None = Field(None, description="Set by `finetune validate`, which reads a sample.")
     reused: bool = Field(False, description="Prepared by an earlier job, or an earlier run of this one, from the same files, settings and tokenizer.")
     model: ModelStatus | None = None
     sources: list[SourceReport]

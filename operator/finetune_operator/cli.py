@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
 from finetune_api.constants import ExitCode
 from finetune_api.report import EVALUATION_REPORT, EvaluationReport
 from finetune_api.rules import local_only
@@ -28,7 +29,10 @@ from finetune_operator.manifest_file import ManifestFileError, point_out, read_j
 from finetune_operator.observed import Resource
 from finetune_operator.run_folder import RunError, RunFolder, admit, is_users_error
 from finetune_operator.settings import Settings
+from finetune_operator.validate import Request, validate
+from finetune_operator.validation_table import make_console, print_validation
 
+SAMPLE_ROWS = 1000
 TURN_SECONDS = 0.3
 """Between two looks at the running process."""
 
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("finetune: stopped", file=sys.stderr)
+        return ExitCode.TRY_AGAIN
     return ExitCode.USER_ERROR
 
 
@@ -67,22 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("file", type=Path, metavar="FILE", help="manifest of one FineTuneJob (YAML)")
     run.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (runs/NAME beside the manifest)")
     run.add_argument("--fresh", action="store_true", help="discard an earlier run in that folder")
-    run.add_argument(
-        "--volume",
-        type=_mapping,
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="folder that stands for a claim (pvc://NAME/...) or a ConfigMap (configmap://NAME/...)",
-    )
-    run.add_argument(
-        "--secret",
-        type=_mapping,
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="folder with the keys of a Secret as files; left out, credentials come from the environment or ~/.aws",
-    )
+    _add_places(run)
 
     check = commands.add_parser(
         "check",
@@ -92,8 +84,62 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     check.add_argument("files", type=Path, nargs="+", metavar="FILE", help="manifest of one FineTuneJob (YAML)")
 
+    validate = commands.add_parser(
+        "validate",
+        help="check a manifest and a sample of its data, without training",
+        description="Checks the manifest, then reads a sample of the data and judges it as the job would: cleaning, "
+        "labels, splits, the model's tokenizer. Nothing is trained or kept, and no weights are fetched.",
+        epilog="Exit codes: 0 valid, 64 errors were found, 75 stopped, 1 the data could not be judged (network).",
+    )
+    validate.set_defaults(command=_validate)
+    validate.add_argument("file", type=Path, metavar="FILE", help="manifest of one FineTuneJob (YAML)")
+    validate.add_argument(
+        "--sample",
+        type=_sample,
+        default=SAMPLE_ROWS,
+        metavar="N",
+        help=f"rows of each source, from the beginnings of its files ({SAMPLE_ROWS}); 'all' or 0 reads everything",
+    )
+    validate.add_argument(
+        "-o", "--output", choices=("table", "json", "yaml"), default="table", help="how to print it (table)"
+    )
+    validate.add_argument(
+        "--report", type=Path, metavar="DIR", help="folder that gets data.html, data.json and quarantine.jsonl"
+    )
+    validate.add_argument("--strict", action="store_true", help="warnings, too, end with exit code 64")
+    _add_places(validate)
+
     commands.add_parser("version", help="print the version").set_defaults(command=_version)
     return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Options for what only a cluster has."""
+    parser.add_argument(
+        "--volume",
+        type=_mapping,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder that stands for a claim (pvc://NAME/...) or a ConfigMap (configmap://NAME/...)",
+    )
+    parser.add_argument(
+        "--secret",
+        type=_mapping,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder with the keys of a Secret as files; left out, credentials come from the environment or ~/.aws",
+    )
+
+
+def _sample(text: str) -> int | None:
+    """None: all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor 'all'")
+    return int(text) or None
 
 
 def _mapping(text: str) -> tuple[str, Path]:
@@ -125,13 +171,30 @@ def _check(options: argparse.Namespace) -> int:
     return code
 
 
+def _validate(options: argparse.Namespace) -> int:
+    request = Request(options.file, options.sample, dict(options.volume), dict(options.secret), options.report)
+    with Console(stderr=True).status(f"Validating {options.file}") if sys.stderr.isatty() else nullcontext():
+        validation, code, log = validate(request)
+    if options.output == "json":
+        print(validation.to_json(indent=2))
+    elif options.output == "yaml":
+        print(yaml.safe_dump(validation.to_dict(), sort_keys=False, allow_unicode=True), end="")
+    else:
+        print_validation(make_console(), validation)
+    if log:
+        print(f"finetune: the data stage ended without a result; the end of its log:\n{log}", file=sys.stderr)
+    if options.strict and validation.findings and code == ExitCode.DONE:
+        return ExitCode.USER_ERROR
+    return code
+
+
 def _run(options: argparse.Namespace) -> int:
     job = read_job(options.file)
     run = RunFolder(options.output or options.file.parent / "runs" / job.metadata["name"])
     layout = LocalLayout(run.path, options.file.parent, dict(options.volume), dict(options.secret))
     findings = layout.findings(job.spec)
     if findings:
-        raise ManifestFileError(point_out(options.file, findings))
+        raise ManifestFileError(*point_out(options.file, findings))
     if job.spec.suspend:
         raise RunError("spec.suspend is true: nothing would run; set it to false")
     with run.locked() as lock:

@@ -1,8 +1,9 @@
 """A FineTuneJob manifest as a file: read as kubectl reads it, with file and line in every complaint."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from finetune_api.constants import API_VERSION, KIND
@@ -14,12 +15,26 @@ PART = re.compile(r"[^.\[\]]+")
 """Of a field's path: spec.dataset.sources[0].uri."""
 
 
+class Problem(NamedTuple):
+    """Something that is wrong in a manifest file, and where."""
+
+    path: Path
+    line: int | None
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.path}:{self.line}" if self.line else f"{self.path}"
+        return ": ".join(filter(None, (where, self.field, self.message)))
+
+
 class ManifestFileError(Exception):
     """The file holds no FineTuneJob that could run. `problems`: file, line, field and what is wrong, for people."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, *found: Problem) -> None:
+        self.found = found
+        self.problems = [str(problem) for problem in found]
+        super().__init__("\n".join(self.problems))
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,45 +62,47 @@ def read_job(path: Path) -> FineTuneJob:
     found = {key: document.get(key) for key in ("apiVersion", "kind")}
     if found != {"apiVersion": API_VERSION, "kind": KIND}:
         names = " ".join(str(value or "(none)") for value in found.values())
-        raise ManifestFileError([f"{path}: this is a {names}; expected apiVersion: {API_VERSION}, kind: {KIND}"])
+        message = f"this is a {names}; expected apiVersion: {API_VERSION}, kind: {KIND}"
+        raise ManifestFileError(Problem(path, None, "", message))
     metadata = document.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
         where = _line(node, "metadata.name")
-        raise ManifestFileError([f"{path}:{where}: metadata.name: is required; give the job a name, as text"])
+        raise ManifestFileError(Problem(path, where, "metadata.name", "is required; give the job a name, as text"))
     try:
         return parse_job(document)
     except InvalidManifestError as error:
-        raise ManifestFileError(point_out(path, error.findings)) from None
+        raise ManifestFileError(*point_out(path, error.findings)) from None
 
 
-def point_out(path: Path, findings: list[Finding]) -> list[str]:
+def point_out(path: Path, findings: Iterable[Finding]) -> list[Problem]:
     """The findings, each with the line of its field, in the order of the file."""
     node, _ = _read(path)
-    lines = sorted((_line(node, finding.field), str(finding)) for finding in findings)
-    return [f"{path}:{line}: {text}" for line, text in lines]
+    return sorted(Problem(path, _line(node, found.field), found.field, found.message) for found in findings)
 
 
 def _read(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ManifestFileError([f"{path}: this is not a text file in UTF-8"]) from None
+        raise ManifestFileError(Problem(path, None, "", "this is not a text file in UTF-8")) from None
     except OSError as error:
-        raise ManifestFileError([f"{path}: {error.strerror}"]) from None
+        raise ManifestFileError(Problem(path, None, "", error.strerror or "it cannot be read")) from None
     try:
         nodes = [node for node in yaml.compose_all(text, _Loader) if not _is_empty(node)]
         if len(nodes) > 1:
             line = nodes[1].start_mark.line + 1
-            raise ManifestFileError([f"{path}:{line}: a second document begins here; give one FineTuneJob a file"])
+            raise ManifestFileError(
+                Problem(path, line, "", "a second document begins here; give one FineTuneJob a file")
+            )
         if not nodes or not isinstance(nodes[0], yaml.MappingNode):
-            raise ManifestFileError([f"{path}: this is not a Kubernetes manifest"])
+            raise ManifestFileError(Problem(path, None, "", "this is not a Kubernetes manifest"))
         return nodes[0], _Loader("").construct_document(nodes[0])
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}" if mark else ""
-        raise ManifestFileError([f"{path}{where}: not valid YAML: {error.problem or error.context}"]) from None
+        line = mark.line + 1 if mark else None
+        raise ManifestFileError(Problem(path, line, "", f"not valid YAML: {error.problem or error.context}")) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ManifestFileError([f"{path}: not valid YAML: {error}"]) from None
+        raise ManifestFileError(Problem(path, None, "", f"not valid YAML: {error}")) from None
 
 
 def _is_empty(node: yaml.Node) -> bool:

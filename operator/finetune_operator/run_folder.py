@@ -136,7 +136,7 @@ def admit(run: RunFolder, job: FineTuneJob, now: float, fresh: bool = False) -> 
             known = _without_failure(run, known)
     if known is None:
         run.clear()
-    document = _created(job, spec, now) if known is None else _updated(known, spec)
+    document = created(job, spec, now) if known is None else _updated(known, spec)
     run.write("job.json", document)
     return document
 
@@ -156,7 +156,8 @@ def _without_failure(run: RunFolder, known: Manifest) -> Manifest:
     return {**known, "status": {name: value for name, value in known["status"].items() if name not in gone}}
 
 
-def _created(job: FineTuneJob, spec: Manifest, now: float) -> Manifest:
+def created(job: FineTuneJob, spec: Manifest, now: float) -> Manifest:
+    """The resource as an API server would make it."""
     metadata = {
         **job.metadata,
         "namespace": job.metadata.get("namespace", "default"),

@@ -19,7 +19,7 @@ from finetune_trainer.telemetry.watch import Watch
 
 COPY_BYTES = 8 << 20
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 FOREIGN_NAMES = ("dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the data."""
 

@@ -26,6 +26,7 @@ STAGING = ".model-download"
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 """Configuration and tokenizer."""
@@ -63,16 +64,17 @@ class _Download(NamedTuple):
     staging: Path | None = None
 
 
-def fetch_model(model: PlanModel, workspace: Workspace, watch: Watch) -> str | None:
+def fetch_model(model: PlanModel, workspace: Workspace, watch: Watch, *, weights: bool = True) -> str | None:
     """Puts the model into the workspace, unless it is there, and returns its commit if it is from a hub.
 
     A branch or tag is resolved once: a later attempt of the same job finds the same commit.
+    Without `weights`, a model must have some, but they are left where they are.
     Raises UserError (ModelNotFound, ModelInvalid), StageError for network trouble, Interrupted.
     """
     on_hub = scheme(model.location) == "hf"
     fetch = _from_hub if on_hub else _from_storage
     with storage_errors(model.location, Reason.MODEL_NOT_FOUND, FIELD):
-        fetched = fetch(model, workspace, watch)
+        fetched = fetch(model, workspace, watch, weights)
     if fetched.staging is not None:
         _put_in_place(fetched.staging, fetched.names, workspace, _marker(model, fetched.version))
     return fetched.version if on_hub else None
@@ -91,6 +93,15 @@ def select_files(names: Collection[str], allow_pickle: bool, trust_remote_code: 
     if trust_remote_code:
         selected |= {name for name in names if name.endswith(".py") and ".." not in name}
     return sorted(selected | _select_weights(names, allow_pickle))
+
+
+def _select(names: Collection[str], model: PlanModel, weights: bool) -> list[str]:
+    selected = select_files(names, model.allow_pickle, model.trust_remote_code)
+    return (
+        selected
+        if weights
+        else [name for name in selected if name not in (INDEX, PICKLE_INDEX) and not name.endswith(WEIGHT_SUFFIXES)]
+    )
 
 
 def _select_weights(names: Collection[str], allow_pickle: bool) -> set[str]:
@@ -113,7 +124,7 @@ def _invalid(what: str) -> UserError:
     return UserError(Reason.MODEL_INVALID, f"{FIELD}: the model {what}")
 
 
-def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch) -> _Download:
+def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch, weights: bool) -> _Download:
     present = _present(model, workspace)
     if present is not None:
         return _Download(present.version, [])
@@ -121,7 +132,7 @@ def _from_hub(model: PlanModel, workspace: Workspace, watch: Watch) -> _Download
     token = hf_token(model.location)
     info = HfApi(token=token).model_info(owner_and_name, revision=model.revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    names = select_files(sizes, model.allow_pickle, model.trust_remote_code)
+    names = _select(sizes, model, weights)
     commit = str(info.sha)
     staging = _staging(workspace, model, commit, names)
     snapshot_download(
@@ -154,12 +165,12 @@ def _watched_bar(watch: Watch, total: int) -> type[Any]:
     return Bar
 
 
-def _from_storage(model: PlanModel, workspace: Workspace, watch: Watch) -> _Download:
+def _from_storage(model: PlanModel, workspace: Workspace, watch: Watch, weights: bool) -> _Download:
     files, path = filesystem(model.location)
     listing = _probe(files, path) if scheme(model.location) in ("http", "https") else list_files(files, path, 2)
     if not listing:
         raise FileNotFoundError(path)
-    names = select_files(listing, model.allow_pickle, model.trust_remote_code)
+    names = _select(listing, model, weights)
     version = _digest([name, *(str(listing[name].get(fact)) for fact in VERSION_FACTS)] for name in names)
     present = _present(model, workspace)
     if present is not None and present.version == version:

@@ -9,26 +9,28 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
-from finetune_api.report import DATA_REPORT, QUARANTINE, REVIEW, DataReport
+from finetune_api.report import DATA_PAGE, DATA_REPORT, QUARANTINE, REVIEW, DataReport, SampleReport
 from finetune_api.spec import Task
 from finetune_api.status import ModelStatus
 
+from finetune_trainer.data.advice import Advice, warnings_of
 from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
 from finetune_trainer.data.convert import InvalidRowError, usable_formats
 from finetune_trainer.data.decide import decide
 from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
-from finetune_trainer.data.labels import check_minimum, resolve_labels
+from finetune_trainer.data.labels import check_minimum, label_order, resolve_labels
+from finetune_trainer.data.page import render_html
 from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sources, read_all
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
@@ -37,7 +39,7 @@ from finetune_trainer.data.review.decisions import Decided, check_labels, check_
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.fetch import fetch_source, remove_folder
 from finetune_trainer.fetch_adapter import fetch_adapter
 from finetune_trainer.fetch_model import fetch_model
@@ -63,25 +65,47 @@ class Run:
     telemetry: Telemetry
     quarantine: Quarantine
     findings: Findings
+    advice: Advice = field(default_factory=Advice)
 
     def watch(self, activity: str, start: float, end: float) -> Watch:
         return Watch(self.telemetry, activity, start, end)
 
     def judge(self) -> None:
-        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has not enough rows left."""
-        dataset, survey = self.plan.dataset, self.findings.survey
-        self.quarantine.check(survey.rows_read, dataset.max_rejected)
-        check_splits(survey.rows, dataset, self.quarantine.reasons())
+        """Raises UserError (DataInvalid) if too much was rejected, or a split or a label has not enough rows left.
+
+        What a part of the data lacks may be in the rest: of a sample only that is held against it which it has.
+        """
+        dataset, survey, findings, advice = self.plan.dataset, self.findings.survey, self.findings, self.advice
+        with advice.check(rows=self.quarantine.invalid):
+            self.quarantine.check(survey.rows_read, dataset.max_rejected)
+        if not (survey.cut and survey.rows.total()):
+            with advice.check():
+                check_splits(survey.rows, dataset, self.quarantine.reasons())
         if self.plan.task is Task.CLASSIFICATION:
-            labels = self.findings.labels = resolve_labels(survey.labels, dataset.labels, self.findings.labels)
-            if dataset.labelling and dataset.labelling.minimum_rows:
-                check_minimum(survey.labels[Split.TRAIN], labels, dataset.labelling.minimum_rows, dataset.labels)
+            with advice.check(doubtful=survey.cut):
+                labels = findings.labels = resolve_labels(survey.labels, dataset.labels, findings.labels)
+                if dataset.labelling and dataset.labelling.minimum_rows:
+                    check_minimum(survey.labels[Split.TRAIN], labels, dataset.labelling.minimum_rows, dataset.labels)
+            if survey.cut:
+                found = (label for counts in survey.labels.values() for label in counts)
+                findings.labels = findings.labels or dataset.labels or label_order(found)
+        advice.end()
 
     def report(self) -> DataReport:
-        return self.findings.report(self.quarantine)
+        report, sample = self.findings.report(self.quarantine), self.plan.sample
+        warnings = warnings_of(report, self.quarantine.invalid, self.plan.dataset.max_rejected)
+        more: dict[str, Any] = {
+            "findings": [*self.advice.findings, *warnings],
+        }
+        if sample is not None:  # without its weights not much is known of the model
+            read = SampleReport(rows_per_source=sample.rows, complete=not self.findings.survey.cut)
+            more |= {"sample": read, "model": None}
+        return report.model_copy(update=more)
 
     def write_report(self, report: DataReport) -> None:
+        """For programs and for people."""
         write_file(self.workspace.report / DATA_REPORT, report.to_json(indent=2))
+        write_file(self.workspace.report / DATA_PAGE, render_html(report, self.plan.job.name))
 
 
 def run(plan: Plan, telemetry: Telemetry) -> Result:
@@ -96,13 +120,16 @@ def run(plan: Plan, telemetry: Telemetry) -> Result:
                 fetch_data(this, downloads)
                 cached = Cached(this)
                 report = cached.restore() or make_data(this, downloads)
-            except UserError:
+            except UserError as error:
+                this.advice.refuse(error)
                 this.write_report(this.report())
                 raise
             this.write_report(report)
         cached.store()
     finally:
         remove_folder(downloads)
+    if plan.sample is not None:
+        return Result(stage=Stage.PREPARE, outcome=Outcome.SUCCEEDED)
     if report.model is None:
         raise TypeError("a report of prepared data names the model")
     prepared = PrepareResult(data=report.summary, model=report.model)
@@ -165,19 +192,21 @@ def make_data(this: Run, downloads: Path) -> DataReport:
         if similarity is not None:
             signatures = stack.enter_context(SignatureFiles(downloads / SIGNATURES, similarity))
         rows = read_data(this, Rows(this.findings.sources, spool, signatures))
-        revision = fetch_model(this.plan.model, this.workspace, this.watch("Fetching the model", 0.2, 0.5))
-        encoder, _ = open_foundation(this, revision)
-        write_data(this, rows, encoder)
+        encoder = fetch_foundation(this)
+        if encoder is not None:
+            write_data(this, rows, encoder)
     return this.report()
 
 
 def read_data(this: Run, rows: Rows) -> Rows:
     """Judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
+    most = this.plan.sample.rows if this.plan.sample else None
     watch = this.watch("Reading data", 0.1, 0.2)
     decided = read_decisions(findings.decisions, dataset, watch.check)
-    read_all(rows, dataset, this.quarantine, findings.survey, watch, decisions=decided.decisions)
-    check_labels(decided, findings.survey.log.review)
+    read_all(rows, dataset, this.quarantine, findings.survey, watch, decisions=decided.decisions, most=most)
+    with this.advice.check(doubtful=findings.survey.cut):
+        check_labels(decided, findings.survey.log.review)
     groups = decide(rows, dataset, this.quarantine, findings.survey)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
     logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
@@ -192,7 +221,7 @@ def review_labels(this: Run, rows: Rows, groups: npt.NDArray[np.int64], decided:
     from finetune_trainer.data.review.run import find_facts, report_decisions, review  # scikit-learn takes a second
 
     settings, findings = this.plan.dataset.review, this.findings
-    if settings is None:
+    if settings is None or len(rows.ledger.label_names) < 2:
         return
     check_names(rows.ledger.label_names)
     watch = this.watch("Looking for wrong labels", 0.2, 0.2)
@@ -203,6 +232,24 @@ def review_labels(this: Run, rows: Rows, groups: npt.NDArray[np.int64], decided:
         report = report.model_copy(update={"decisions": decisions})
     findings.review = report
     logger.info("%d of %d rows have a label that is probably wrong", report.suspicious_rows, report.judged_rows)
+
+
+def fetch_foundation(this: Run) -> "Encoder | None":
+    """The model, checked, and its tokenizer; None if a sample is judged and the model is out of reach."""
+    sample = this.plan.sample
+    if sample is not None and not sample.tokenize:
+        return None
+    watch = this.watch("Fetching the model", 0.2, 0.5)
+    try:
+        revision = fetch_model(this.plan.model, this.workspace, watch, weights=sample is None)
+        return open_foundation(this, revision)[0]
+    except (UserError, Interrupted):
+        raise
+    except StageError as error:
+        if sample is None:
+            raise
+        this.advice.warn_unreachable(error)
+        return None
 
 
 def open_foundation(this: Run, revision: str | None) -> tuple["Encoder", ModelStatus]:

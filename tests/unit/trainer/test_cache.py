@@ -62,8 +62,9 @@ class Disk:
 
     def hashes(self, job: str) -> dict[str, str]:
         folders = (self.root / "claim" / job / part for part in ("data", "report"))
+        reports = ("data.json", "data.html")  # they name the job
         files = (
-            file for folder in folders for file in folder.rglob("*") if file.is_file() and file.name != "data.json"
+            file for folder in folders for file in folder.rglob("*") if file.is_file() and file.name not in reports
         )
         return {
             str(file.relative_to(self.root / "claim" / job)): hashlib.sha256(file.read_bytes()).hexdigest()

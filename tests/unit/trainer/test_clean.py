@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import ftfy
 import pytest
 from finetune_api.constants import Stage
 from finetune_api.dataset import CleanSpec
@@ -25,7 +26,7 @@ from finetune_trainer.data.examples import (
 from finetune_trainer.errors import UserError
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import save_tiny_bert
@@ -38,9 +39,8 @@ GERMAN = "Die Aktien des Unternehmens stiegen am Montag deutlich, nachdem es gut
 ENGLISH = "Shares of the company rose sharply on Monday after it had reported good figures for the year."
 
 
-def cleaned(text: str, **settings) -> str | Unwanted:
-    settings = CleanSpec(**settings)
-    cleaner = Cleaner(settings)
+def cleaned(text: str, **chosen) -> str | Unwanted:
+    cleaner = Cleaner(CleanSpec(**chosen))
     result = cleaner.clean(PlainText(text), CleaningLog(cleaner.names))
     return result.text if isinstance(result, PlainText) else result
 
@@ -55,6 +55,7 @@ def cleaned(text: str, **settings) -> str | Unwanted:
         ("schön &amp; “gut”", "schön &amp; “gut”"),
         ("naïve façade, 10 €", "naïve façade, 10 €"),
         ("日本語のテキスト", "日本語のテキスト"),
+        ("voilÃ le travail", "voilà le travail"),
         ("plain", "plain"),
     ],
 )
@@ -107,8 +108,8 @@ def test_lines_of_no_use_are_dropped():
 
 
 def test_no_pattern_and_no_text_takes_long():
-    settings = ALL_REPAIRS.model_copy(update={"drop_lines": ["(a+)+$", "(x|x)*y"], "max_repetition": 0.9})
-    cleaner = Cleaner(settings)
+    chosen = ALL_REPAIRS.model_copy(update={"drop_lines": ["(a+)+$", "(x|x)*y"], "max_repetition": 0.9})
+    cleaner = Cleaner(chosen)
     hostile = [
         "a" * 200_000 + "!",
         " " * 200_000 + "x",
@@ -121,6 +122,31 @@ def test_no_pattern_and_no_text_takes_long():
     for text in hostile:
         cleaner.clean(PlainText(text + "."), CleaningLog(cleaner.names))
     assert time.process_time() - start < 10
+
+
+MISREAD = st.text(min_size=1, max_size=4).map(lambda text: text.encode().decode("latin-1"))
+PUNCTUATION = st.text(alphabet="Ã€’“”„–…°²³àâäéèßœŒÂâžЂвГ√≈‚Äãì™ aZ.\n", max_size=8)
+SPACES = st.text(
+    alphabet=" \t\n\r\v\x1c\x85\xa0\u2003\u2028\u200b\u200dab\x00\xad\U000e0041\U0001f3f4\U000e007f", max_size=12
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(MISREAD | PUNCTUATION | st.text(max_size=6) | st.just("plain words "), max_size=8).map("".join))
+def test_what_spares_texts_a_repair_spares_none_that_needs_one(text):
+    lines = text.split("\n")
+    assert cleaned("." + text, repair_encoding=True) == "\n".join(
+        ftfy.fix_encoding(line, clean.ENCODING) for line in ["." + lines[0], *lines[1:]]
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(SPACES | st.text(max_size=4), max_size=6).map("".join))
+def test_what_spares_texts_a_search_spares_none_that_has_something(text):
+    assert clean.remove_control_characters(text) == clean.CONTROL.sub(r"\1", text)
+    even = clean.UNUSUAL_SPACE.sub(" ", clean.LINE_BREAK.sub("\n", text))
+    even = clean.SPACES_AT_END.sub("", clean.SEVERAL_SPACES.sub(" ", even))
+    assert clean.normalize_whitespace(text) == clean.EMPTY_LINES.sub("\n\n\n", even).strip()
 
 
 @given(st.text())

@@ -410,6 +410,17 @@ NASTY: dict[str, Nasty] = {
     "more behind a gzip": Nasty("a.jsonl.gz", GZIP + b"{}", fatal="is damaged"),
     "a cut bzip2": Nasty("a.jsonl.bz2", bz2.compress(ONE.encode())[:-5], fatal="its bz2 stream cannot be read"),
     "more behind a bzip2": Nasty("a.jsonl.bz2", bz2.compress(ONE.encode()) + b"{}", fatal="is damaged"),
+    "xz": Nasty(
+        "a.jsonl.xz", lzma.compress(ONE.encode()) + bytes(8) + lzma.compress(TWO.encode()), kept=["one", "two"]
+    ),
+    "a cut xz": Nasty("a.jsonl.xz", lzma.compress(ONE.encode())[:-5], fatal="its xz stream cannot be read to the end"),
+    "an xz with a wrong bit": Nasty("a.jsonl.xz", flipped(lzma.compress(ONE.encode()), 30), fatal="is damaged"),
+    "more behind an xz": Nasty("a.jsonl.xz", lzma.compress(ONE.encode()) + b"{}", fatal="is damaged"),
+    "an xz that takes much memory": Nasty(
+        "a.jsonl.xz",
+        lzma.compress(ONE.encode(), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]),
+        fatal="takes more than 128 MiB of memory to decompress",
+    ),
     "a cut Zstandard": Nasty("a.jsonl.zst", zstd(ONE.encode())[:-2], fatal="its zstd stream cannot be read"),
     "gzip in gzip": Nasty("a.jsonl.gz", gzip.compress(gzip.compress(ONE.encode())), fatal="is compressed twice"),
     "Parquet in gzip": Nasty(
@@ -417,7 +428,6 @@ NASTY: dict[str, Nasty] = {
     ),
     "tar": Nasty("a.jsonl.gz", gzip.compress(tarred(ONE.encode())), fatal="is a tar archive"),
     "zip": Nasty("a.jsonl", zipped(ONE.encode()), fatal="is a zip archive"),
-    "xz": Nasty("a.jsonl.xz", lzma.compress(ONE.encode()), fatal="is compressed by xz"),
     # --- other people's files
     "an error page": Nasty("a.jsonl", b"<!DOCTYPE html><html>", fatal="is HTML or XML"),
     "a pointer": Nasty("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", fatal="run git lfs pull"),
@@ -531,6 +541,7 @@ VALID = {
     "h.jsonl.gz": GZIP,
     "i.jsonl.bz2": bz2.compress(ONE.encode()),
     "j.jsonl.zst": zstd(ONE.encode()),
+    "n.jsonl.xz": lzma.compress(ONE.encode()),
     "k.jsonl": jsonl("one", "two").encode("utf-16"),
     "l.csv": table(RUSSIAN, "cp1251"),
     "m.arrow": arrow_file(pa.table({"text": TEXTS["text"].dictionary_encode()})),
@@ -572,7 +583,7 @@ def test_random_json_is_kept_as_it_is_or_rejected(tmp_path, rows):
 @given(
     st.lists(TEXT.filter(str.strip), min_size=1, max_size=5),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
-    st.sampled_from([bytes, gzip.compress, bz2.compress, zstd]),
+    st.sampled_from([bytes, gzip.compress, bz2.compress, lzma.compress, zstd]),
 )
 def test_what_is_written_is_what_is_kept(tmp_path, texts, encoding, compress):
     """To the character, in every kind of file, encoding and compression."""
@@ -621,8 +632,8 @@ def test_no_message_quotes_a_nasty_file(tmp_path):
 
 def test_a_bomb_is_found_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune_trainer.data.read.streams.UNCHECKED_BYTES", 1 << 20)
-    for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress), ("a.jsonl.zst", zstd)):
-        judged = judge(tmp_path, name, compress(ONE.encode() * 500_000))
+    for compress in (gzip.compress, bz2.compress, lzma.compress, zstd):
+        judged = judge(tmp_path, "a.jsonl", compress(ONE.encode() * 500_000))
         assert "is it a decompression bomb" in judged.fatal
     honest = "".join(jsonl(noise(1000 + n)) for n in range(2000)).encode()
     assert len(honest) > 1 << 20

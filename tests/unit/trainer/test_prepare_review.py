@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finetune_api.constants import Stage
-from finetune_api.plan import Plan
+from finetune_api.plan import Plan, PlanSample
 from finetune_api.report import DataReport, Quarantined, ReviewRow
 from finetune_api.spec import Task
 from finetune_trainer.data import pipeline
@@ -132,6 +132,11 @@ def test_wrong_labels_are_found_decided_and_corrected(desk):
         assert rows[row.line - 1]["text"] == row.text and row.uri == "file://train.jsonl"
     assert (first.review.suspicious_rows, first.review.exported_rows) == (len(queue), len(queue))
     assert first.summary.suspicious_rows == len(queue)
+    assert [(f.level, f.reason, f.field, f.rows) for f in first.findings] == [
+        ("Warning", "LabelsDoubtful", "dataset.review", len(queue))
+    ]
+    page = (desk.report() / "data.html").read_text()
+    assert "Judged rows" in page and not any(row.text in page for row in queue), "no text of the dataset"
     assert first.review.judged_rows == first.summary.train_rows
     assert sum(pair.rows for pair in first.review.pairs) == len(queue)
     assert first.review.accuracy > 0.8
@@ -377,6 +382,20 @@ def test_empty_and_unknown_decisions_are_counted(desk):
     aliases = {"labels": LABELS, "labelling": {"aliases": {"pos": "positive"}}}
     found = desk.prepare(decisions=("a.csv", "b.jsonl"), **aliases).review.decisions
     assert (found.unknown, found.undecided, found.corrected, found.confirmed, found.dropped) == (1, 2, 0, 0, 0)
+
+
+def test_of_a_sample_no_label_is_missed(desk):
+    desk.write("train.jsonl", sorted(headlines(90), key=lambda row: row["label"]))
+    desk.write("reviewed.jsonl", [{"rowHash": HASH, "decision": "positive"}])
+    plan = desk.plan(decisions=("reviewed.jsonl",)).model_copy(update={"sample": PlanSample(rows=40, tokenize=False)})
+    run(plan, Telemetry(plan.stage, plan.job))
+    report = DataReport.model_validate_json((desk.report() / "data.json").read_bytes())
+    told = [finding.message for finding in report.findings if finding.reason == "SampleTooSmall"]
+    assert told == [
+        "in the sample: reviewed.jsonl line 1: the decision is neither a label of the data nor 'keep' nor 'drop': correct it"
+    ]
+    plan = plan.model_copy(update={"sample": PlanSample(rows=20, tokenize=False)})
+    run(plan, Telemetry(plan.stage, plan.job))  # one label is all that it has
 
 
 def test_class_numbers_are_labels_as_elsewhere(desk):

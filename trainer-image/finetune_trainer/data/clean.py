@@ -15,6 +15,7 @@ import re2
 from finetune_api.constants import Reason
 from finetune_api.dataset import CleanSpec
 from finetune_api.report import CleaningReport, CleaningSample, CleaningStep
+from ftfy.badness import is_bad
 
 from finetune_trainer.data.convert import Unwanted
 from finetune_trainer.data.examples import Example, Preference, example_texts, map_texts, spoken_texts
@@ -35,7 +36,7 @@ CONTROL = re.compile(
 LINE_BREAK = re.compile(r"\r\n?|[\x85\u2028\u2029]")
 UNUSUAL_SPACE = re.compile(r"[^\S\n\t ]")
 SEVERAL_SPACES = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
-SPACES_AT_END = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)")
+SPACES_AT_END = re.compile(r"(?<![ \t])[ \t]++(?=\n)")
 EMPTY_LINES = re.compile(r"\n{4,}")
 
 ENCODING = ftfy.TextFixerConfig(
@@ -50,6 +51,10 @@ ENCODING = ftfy.TextFixerConfig(
     explain=False,
 )
 
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+BADNESS_CHARACTERS = 4
+"""ftfy knows mojibake by at most five characters in a row, of which one is not ASCII."""
+
 NGRAM_WORDS = 5
 DETECTED_CHARACTERS = 20_000
 UNKNOWN = "unknown"
@@ -63,26 +68,41 @@ SAMPLE_CHARACTERS = 40
 
 def repair_encoding(text: str) -> str:
     """Line by line, for one may be broken and the next one not."""
-    if text.isascii():
+    if text.isascii() or not _may_be_mojibake(text):
         return text
     return "\n".join(line if line.isascii() else ftfy.fix_encoding(line, ENCODING) for line in text.split("\n"))
+
+
+def _may_be_mojibake(text: str) -> bool:
+    """False only if ftfy would leave every line as it is, which takes it several times as long to say."""
+    near = BADNESS_CHARACTERS
+    return is_bad("\n".join([text[max(0, m.start() - near) : m.end() + near] for m in NOT_ASCII.finditer(text)]))
 
 
 def normalize_unicode(text: str, form: str) -> str:
     return text if text.isascii() else unicodedata.normalize(form, text)  # type: ignore[arg-type]
 
 
+def is_plain(text: str) -> bool:
+    """Whether it has only what is printed, spaces and \\n, which is faster than to look for what else there may be."""
+    return text.replace("\n", "").isprintable()
+
+
 def remove_control_characters(text: str) -> str:
-    if text.isprintable():
-        return text
-    return CONTROL.sub(r"\1", text)
+    return text if is_plain(text) else CONTROL.sub(r"\1", text)
 
 
 def normalize_whitespace(text: str) -> str:
     """See the setting in the spec."""
-    text = UNUSUAL_SPACE.sub(" ", LINE_BREAK.sub("\n", text))
-    text = SPACES_AT_END.sub("", SEVERAL_SPACES.sub(" ", text))
-    return EMPTY_LINES.sub("\n\n\n", text).strip()
+    if not is_plain(text):
+        text = UNUSUAL_SPACE.sub(" ", LINE_BREAK.sub("\n", text))
+    if "  " in text or "\t" in text:
+        text = SEVERAL_SPACES.sub(" ", text)
+    if " \n" in text or "\t\n" in text:
+        text = SPACES_AT_END.sub("", text)
+    if "\n\n\n\n" in text:
+        text = EMPTY_LINES.sub("\n\n\n", text)
+    return text.strip()
 
 
 def drop_lines(text: str, patterns: Sequence[Callable[[str], object]]) -> str:
@@ -106,15 +126,18 @@ def _repeated_lines(text: str) -> float:
 
 
 def _repeated_words(words: list[str]) -> float:
+    grams = list(zip(*(words[n:] for n in range(NGRAM_WORDS)), strict=False))
+    if len(set(grams)) == len(grams):
+        return 0.0
     seen: set[Hashable] = set()
     repeated, covered = 0, 0  # words before `covered` are counted
-    for start, gram in enumerate(zip(*(words[n:] for n in range(NGRAM_WORDS)), strict=False)):
+    for start, gram in enumerate(grams):
         if gram in seen:
             repeated += start + NGRAM_WORDS - max(covered, start)
             covered = start + NGRAM_WORDS
         else:
             seen.add(gram)
-    return repeated / len(words) if words else 0.0
+    return repeated / len(words)
 
 
 def detect_language(text: str) -> str:

@@ -70,6 +70,8 @@ class Survey:
     log: Log = field(default_factory=Log)
     rows: Counter[str] = field(default_factory=Counter)
     labels: dict[str, Counter[str]] = field(default_factory=dict)
+    cut: bool = False
+    """Whether rows were left unread: a sample was asked for."""
     weak: Counter[str] = field(default_factory=Counter)
     """By split: rows that have their label from a rule."""
     conflicts: ConflictReport | None = None
@@ -152,18 +154,21 @@ def read_all(
     *,
     decisions: Decisions | None = None,
     processes: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Reads every row once and works on it: sound ones into `rows`, the others into `quarantine`; counts into `survey`.
 
     decisions: of people on rows. processes: left out, as many as this process may use CPUs and the data is worth.
+    most: rows of each source, as many of each of its files, from their beginnings; left out, all.
 
     Raises UserError (DataInvalid), StageError if a process was killed, Interrupted.
     """
     sizes = [file.path.stat().st_size for _, file in rows.files]
     if processes is None:
-        processes = process_count(sum(sizes))
+        processes = process_count(sum(sizes)) if most is None else 1
+    batches = _batches(rows, rule_columns(dataset), watch, survey, most)
     try:
-        for batch in work_batches(_batches(rows, rule_columns(dataset), watch), dataset, processes, decisions):
+        for batch in work_batches(batches, dataset, processes, decisions):
             opened, file = rows.files[batch.file]
             watch.advance(sum(sizes[: batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read
@@ -180,11 +185,23 @@ def read_all(
         survey.count(rows.ledger)
 
 
-def _batches(rows: Rows, columns: set[str], watch: Watch) -> Iterator[Batch]:
+def _batches(rows: Rows, columns: set[str], watch: Watch, survey: Survey, most: int | None) -> Iterator[Batch]:
     """`columns`: those that are wanted besides the usable ones."""
     for number, (opened, file) in enumerate(rows.files):
-        for batch in _in_batches(read_rows(file, usable_columns(opened.source) | columns), watch):
+        items: Iterable[RawRow | Rejection] = read_rows(file, usable_columns(opened.source) | columns)
+        if most is not None:
+            items = _beginning(items, -(-most // len(opened.files)), survey)
+        for batch in _in_batches(items, watch):
             yield Batch(number, opened.source, opened.format, batch)
+
+
+def _beginning(items: Iterable[RawRow | Rejection], most: int, survey: Survey) -> Iterator[RawRow | Rejection]:
+    """At most so many of the items. Notes it if there are more."""
+    for number, item in enumerate(items):
+        if number == most:
+            survey.cut = True
+            return
+        yield item
 
 
 def _in_batches(items: Iterable[RawRow | Rejection], watch: Watch) -> Iterator[list[RawRow | Rejection]]:

@@ -1,2 +1,2 @@
-"""dataset.personalData: `find` says where something is, `numbers` and `credentials` know what it looks like, `protect`
-acts on it."""
+"""dataset.personalData: `find` says where something is, `numbers`, `credentials` and `names` know what it looks like,
+`protect` acts on it."""

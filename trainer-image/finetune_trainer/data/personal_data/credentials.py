@@ -43,6 +43,9 @@ URL_PARAMETER = re.compile(
     r"passw(?:or)?d|pwd|secret|client[_-]secret|auth|credential)=([^\s&#\"'<>()\[\]]{6,2048})"
 )
 
+SENTENCE_MARKS = ".,;:!?)]}\\"
+"""What ends a sentence and not a URL."""
+
 KNOWN_SECRET = (
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access key
     r"|\bgh[pousr]_[A-Za-z0-9]{36,251}\b|\bgithub_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}\b"
@@ -68,11 +71,16 @@ PRIVATE_KEY = re.compile(
     r"(?:[\s\S]{0,32768}?-----END \1-----|[A-Za-z0-9+/=\s\\]{0,32768})"  # whole, or cut off
 )
 
-NAMED_SECRET_TRIGGER = r"(?i)pass|pwd|kennwort|contrase|senha|secret|key|token|credential|bearer|basic"
+SPACE = r"[\s\pZ\x0b\x1c-\x1f\x{85}]"
+NAMED_SECRET_TRIGGER = (  # so much of it that texts which only speak of keys and passwords are spared the rest
+    r"(?i)(?:pass|pwd|kennwort|wachtwoord|contrase|senha|secret|key|token|credential)[a-z_ñ-]{0,24}[\"'`\])]{0,2}"
+    rf"{SPACE}{{0,3}}(?:[:=]|is|es|lautet)[=>t]?{SPACE}{{0,3}}[\"'`]?[^\s\"'`,;<>]{{8}}"
+    rf"|(?:bearer|basic){SPACE}{{1,3}}[A-Za-z0-9+/=._~-]{{16}}"
+)
 NAMED_SECRET = re.compile(
-    r"(?i)(?:pass(?:word|wd|wort|phrase|code)?|pwd|kennwort|contrase[nñ]a|senha|mot de passe|secret"
+    r"(?i)(?:pass(?:word|wd|wort|phrase|code)?|pwd|kennwort|wachtwoord|contrase[nñ]a|senha|mot de passe|secret"
     r"|(?:api|access|auth|private|account|encryption|signing)[ _-]?key|token|credentials?)"
-    r"[a-z_-]{0,20}[\"'`\])]{0,2}\s{0,3}(?::=|=>|[:=]|\bis\b|\bist\b|\bes\b|\best\b)"
+    r"[a-z_-]{0,20}[\"'`\])]{0,2}\s{0,3}(?::=|=>|[:=]|\b(?:is|ist|lautet|es|est)\b)"
     r"\s{0,3}[\"'`]?([^\s\"'`,;<>]{8,512})"
     r"|\b(?:bearer|basic)\s{1,3}([A-Za-z0-9+/=._~-]{16,4096})"
 )
@@ -100,14 +108,16 @@ def find_emails(text: str) -> Iterator[Match]:
 def find_url_users(text: str) -> Iterator[Match]:
     """user:password@host; the host belongs to the match, for it looks like the end of an e-mail address."""
     for found in URL_USER.finditer(text):
-        if not PLACEHOLDER.search(found[0].rpartition("@")[0].partition(":")[2]):
-            yield Match(found.start(), found.end(), Kind.URL_CREDENTIALS, found[0])
+        value = found[0].rstrip(SENTENCE_MARKS)
+        if not PLACEHOLDER.search(value.rpartition("@")[0].partition(":")[2]):
+            yield Match(found.start(), found.start() + len(value), Kind.URL_CREDENTIALS, value)
 
 
 def find_url_parameters(text: str) -> Iterator[Match]:
     for found in URL_PARAMETER.finditer(text):
-        if not PLACEHOLDER.search(found[1]):
-            yield Match(found.start(1), found.end(1), Kind.URL_CREDENTIALS, found[1])
+        value = found[1].rstrip(SENTENCE_MARKS)
+        if value and not PLACEHOLDER.search(value):
+            yield Match(found.start(1), found.start(1) + len(value), Kind.URL_CREDENTIALS, value)
 
 
 def find_known_secrets(text: str) -> Iterator[Match]:
@@ -131,7 +141,7 @@ def find_named_secrets(text: str) -> Iterator[Match]:
         ):  # `find_url_parameters` knows where it ends
             continue
         group = found.lastindex or 0
-        value = found[group].rstrip(".)]}!?:\\")
+        value = found[group].rstrip(SENTENCE_MARKS)
         if not PLACEHOLDER.search(value) and looks_random(value):
             yield Match(found.start(group), found.start(group) + len(value), Kind.SECRET, value)
 

@@ -43,17 +43,17 @@ NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
 
 # A phone number with its country, and one without; white space within may be unbreakable.
 GAP = "[ \u00a0\u202f./()–-]"
-INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\+|00){GAP}?[1-9](?:{GAP}{{0,3}}\d){{6,14}}(?!\w)")
-NATIONAL = re.compile(
-    rf"(?<![\w+.,/$€£#-])(?<!\d )\(?\d(?:{GAP}{{0,2}}\d){{6,13}}(?!\w|[.,]\d|{GAP}\d)"  # all digits that stand together
+INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\+|00){GAP}?[1-9](?:{GAP}{{0,3}}[0-9]){{6,14}}(?!\w)")
+NATIONAL = re.compile(  # all digits that stand together
+    rf"(?<![\w+.,/$€£#-])(?<![0-9] )\(?[0-9](?:{GAP}{{0,3}}[0-9]){{6,13}}(?!\w|[.,][0-9]|{GAP}[0-9])"
 )
 LAST_GROUP = re.compile(r"\D+\d+$")
 DATE = re.compile(r"(?:\d{1,2}([./-])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([./-])\d{1,2}\2\d{1,2})(?!\d)")
 US_ID = re.compile(r"\d{3}-\d\d-\d{4}")
 DECIMAL = re.compile(r"\d*\.\d+$")
-PHONE_WORDS = re.compile(
-    r"tel|phone|call|mobil|cell|fax|whatsapp|sms|dial|ring|reach|handy|ruf|durchwahl|tél|appel|joindre|llam|móvil|celular|"
-    r"chiam|bel |gsm|zadzwo|kom[oó]rk|ligu|numéro|contact|kontakt",
+PHONE_WORDS = re.compile(  # tel, call and ring are in many another word
+    r"\b(?:tel|tél|call|mobil|cell|sms|dial|ring|reach|handy|ruf|bel\b|ligu)|phone|fax|whatsapp|anruf|rückruf|notruf|durchwahl|"
+    r"appel|joindre|llam|móvil|celular|chiam|gsm|zadzwo|kom[oó]rk|numéro|contact|kontakt",
     re.IGNORECASE,
 )
 OTHER_WORDS = re.compile(
@@ -63,8 +63,8 @@ OTHER_WORDS = re.compile(
     re.IGNORECASE,
 )
 
-CARD = re.compile(
-    r"(?<![\w.-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{2,7}|3\d{3}([ -]?)\d{6}\2\d{4,5})(?!\w|[.-]\d)"  # 4-4-4-4, 4-6-5
+CARD = re.compile(  # 4-4-4-4, 4-6-5
+    r"(?<![\w.-])(?:[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{2,7}|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?!\w|[.-][0-9])"
 )
 CARD_BRAND = re.compile(
     r"4(?:\d{15}|\d{18})"  # Visa
@@ -76,13 +76,17 @@ CARD_BRAND = re.compile(
     r"|62\d{14,17}"  # UnionPay
 )
 
-IBAN = re.compile(r"(?<![^\W_])[A-Z]{2}\d{2}(?:[ \u00a0-]?[A-Z0-9]){11,30}")
+IBAN = re.compile(r"(?<![^\W_])[A-Z]{2}[0-9]{2}(?:[ \u00a0-]?[A-Z0-9]){11,30}")
 IBAN_PARTS = re.compile(r"(\d+)!")
 
 OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 IP_V4 = re.compile(rf"(?<![\w.-])(?<![a-zA-Z]/){OCTET}(?:\.{OCTET}){{3}}(?![\w-]|\.\d)")
 IP_V6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4})?(?::{1,2}[0-9A-Fa-f]{1,4}){2,7}(?:::)?(?![\w:])")
-VERSION_WORDS = re.compile(r"\b(?:version|release|build|v|firmware|section|§|chapter|kapitel)[\s.:]*$", re.IGNORECASE)
+VERSION_WORDS = re.compile(
+    r"(?:\b(?:versi[oó]n|versie|release|build|v|firmware|section|table|chapter|kapitel|abschnitt|tabelle|chapitre|apartado|"
+    r"cap[ií]tulo|hoofdstuk)|§)[\s.:]*$",
+    re.IGNORECASE,
+)
 
 
 def words_before(text: str, start: int) -> str:
@@ -95,7 +99,7 @@ def phone_detectors(countries: Collection[str]) -> Iterator[Detector]:
     yield Detector(Kind.PHONE, rf"(?:\+|00){GAP}?[1-9](?:{GAP}{{0,3}}\d){{6}}", _international)
     if countries:
         regions = [(country, _needs_zero(country)) for country in countries]
-        yield Detector(Kind.PHONE, rf"\d(?:{GAP}{{0,2}}\d){{6}}", lambda text: _national(text, regions))
+        yield Detector(Kind.PHONE, rf"\d(?:{GAP}{{0,3}}\d){{6}}", lambda text: _national(text, regions))
 
 
 def _needs_zero(country: str) -> bool:
@@ -110,7 +114,8 @@ def _international(text: str) -> Iterator[Match]:
             dialled = number if number[0] == "+" else "+" + number[2:]
             value = _valid_phone(dialled, None)
             if value:
-                yield Match(found.start(), found.start() + len(number), Kind.PHONE, value)
+                opened = number.count(")") > number.count("(") and text[found.start() - 1 : found.start()] == "("
+                yield Match(found.start() - opened, found.start() + len(number), Kind.PHONE, value)
                 break
             shorter = LAST_GROUP.sub("", number)
             if shorter == number:
@@ -131,6 +136,8 @@ def _valid_phone(number: str, region: str | None) -> str | None:
 def _national(text: str, regions: list[tuple[str, bool]]) -> Iterator[Match]:
     for found in NATIONAL.finditer(text):
         number = found[0] if ")" in found[0] else found[0].removeprefix("(")
+        if number.count("(") != number.count(")"):  # it is the end of another
+            continue
         if DATE.match(number) or any(other.fullmatch(number) for other in (DECIMAL, IP_V4, US_ID)):
             continue
         before = words_before(text, found.start())

@@ -21,6 +21,7 @@ from finetune_trainer.data.convert import Unwanted
 from finetune_trainer.data.examples import Example, map_texts
 from finetune_trainer.data.personal_data import credentials, numbers
 from finetune_trainer.data.personal_data.find import Detector, Finder, Match
+from finetune_trainer.data.personal_data.names import name_detector
 from finetune_trainer.errors import UserError
 
 KEY_FILE = "key"
@@ -116,6 +117,8 @@ def detectors(settings: PersonalDataSpec) -> Iterator[Detector]:
         *numbers.phone_detectors(countries),  # last: of two kinds for the same digits, the one that is harder to meet
     )
     yield from (one for one in every if one.kind in (settings.kinds or Kind))
+    if Kind.PERSON_NAME in (settings.kinds or ()):
+        yield name_detector()
     for own in settings.patterns or ():
         # no trigger: what a user's pattern costs in one automaton with all others cannot be foreseen
         yield Detector(own.name, "", partial(_find_pattern, name=own.name, pattern=re2.compile(own.pattern)))

@@ -69,8 +69,7 @@ COLUMNAR = ((b"PAR1", FileKind.PARQUET), (b"ARROW1", FileKind.ARROW), (b"\xff\xf
 FOREIGN = (
     (b"PK\x03\x04", "a zip archive (or a spreadsheet): unpack it, or save it as CSV"),
     (b"PK\x05\x06", "an empty zip archive"),
-    (b"\xfd7zXZ\x00", "compressed by xz: compress it by gzip, zstd or bz2"),
-    (b"\x04\x22\x4d\x18", "compressed by lz4: compress it by gzip, zstd or bz2"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4: compress it by gzip, zstd, bz2 or xz"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
     (b"Rar!", "a rar archive: unpack it"),
     (b"%PDF", "a PDF: extract its text"),

@@ -2,9 +2,11 @@
 
 import codecs
 import io
+import lzma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +16,9 @@ from finetune_trainer.data.read.rows import MAX_DECOMPRESSED_BYTES, MAX_RATIO, U
 from finetune_trainer.fetch import SourceFile
 
 BUFFER_BYTES = 1 << 20
+
+XZ_MEMORY = 128 << 20
+"""What `xz -9` compresses takes half of it."""
 
 UNDECODABLE = "\udcff"
 """Stands for bytes that are no character in the file's encoding; `is_unicode` finds it."""
@@ -40,11 +45,12 @@ codecs.register_error("finetune-mark", lambda error: (UNDECODABLE, error.end))  
 
 
 class Compression(StrEnum):
-    """Its value is Arrow's name for the codec."""
+    """Its value is Arrow's name for the codec, which has none for xz."""
 
     GZIP = "gzip"
     ZSTD = "zstd"
     BZ2 = "bz2"
+    XZ = "xz"
 
 
 def recognise_compression(start: bytes) -> Compression | None:
@@ -55,7 +61,7 @@ def recognise_compression(start: bytes) -> Compression | None:
         return Compression.ZSTD  # a frame, or one that is skipped, as parallel compressors put it first
     if start.startswith(b"BZh") and start[4:10] in (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90"):
         return Compression.BZ2
-    return None
+    return Compression.XZ if start.startswith(b"\xfd7zXZ\x00") else None
 
 
 def recognise_encoding(start: bytes, whole: bool) -> str:
@@ -102,12 +108,50 @@ def _decoded(sample: bytes, codec: str) -> str | None:
         return None
 
 
+class _XzStream:
+    """Like Arrow's streams: all members of a file, each with its end and its sums. Raises LZMAError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._member = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while not data:
+            chunk = b""
+            if self._member.eof:
+                chunk = self._next_member()
+                if not chunk:
+                    break
+                self._member = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+            elif self._member.needs_input:
+                chunk = self._file.read(BUFFER_BYTES)
+                if not chunk:
+                    raise lzma.LZMAError("the file is cut off")
+            data = self._member.decompress(chunk, size)
+        return data
+
+    def _next_member(self) -> bytes:
+        """Its beginning, behind the zeros that may stand between two."""
+        found = self._member.unused_data.lstrip(b"\0")
+        while not found and (chunk := self._file.read(BUFFER_BYTES)):
+            found = chunk.lstrip(b"\0")
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Decompressed(io.RawIOBase):
     """Raises UserError for more bytes than a file of text can hold."""
 
     def __init__(self, file: SourceFile, compression: Compression) -> None:
         self._file = file
-        self._stream = pa.CompressedInputStream(pa.OSFile(str(file.path)), compression.value)
+        self._stream = (
+            _XzStream(file.path)
+            if compression is Compression.XZ
+            else pa.CompressedInputStream(pa.OSFile(str(file.path)), compression.value)
+        )
         self._most = min(MAX_DECOMPRESSED_BYTES, max(UNCHECKED_BYTES, MAX_RATIO * file.path.stat().st_size))
         self._read = 0
 
@@ -156,7 +200,10 @@ def reading_errors(file: SourceFile, compression: Compression | None) -> Iterato
     """A damaged archive is the user's; a disk that fails is not."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, lzma.LZMAError) as error:
         if compression is None or getattr(error, "errno", None) is not None:  # Arrow's own have none
             raise
+        if "limit" in str(error) and isinstance(error, lzma.LZMAError):
+            what = f"takes more than {XZ_MEMORY >> 20} MiB of memory to decompress: compress it by xz -9 or less"
+            raise invalid_file(file, what) from None
         raise invalid_file(file, f"is damaged: its {compression.value} stream cannot be read to the end") from None
