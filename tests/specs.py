@@ -161,7 +161,8 @@ BOUNDS = [
     _too_many("dataset.sources", 32, TEXTS[0]),
     _choice("dataset.sources", _source(format="CSV"), "[0].format"),
     *(_too_long("dataset.sources", 128, _source(columns={column: "x" * 129}), f"[0].columns.{column}")
-      for column in ("text", "label", "prompt", "completion", "messages", "instruction", "input", "output", "chosen", "rejected")),
+      for column in ("text", "label", "prompt", "completion", "messages", "tools", "instruction", "input", "output", "question", "context", "answer",
+                     "chosen", "rejected")),
     _bound("dataset.sources", _source(columns={"label": ""}), "at least 1 chars long", "at least 1 character",
            place="[0].columns.label"),
     _bound("dataset.validation.sources", [], "should have at least 1 items", "should have at least 1 item"),
@@ -574,6 +575,9 @@ RULES = [
             words="labels are for task Classification"),
     Invalid("classifier of conversations", {"dataset.sources": _source(format="Messages")},
             field="spec.dataset.sources", words="task Classification reads format LabelledText and no other"),
+    *(Invalid(f"classifier of {kind}", {"dataset.sources": _source(format=kind)},
+              field="spec.dataset.sources", words="task Classification reads format LabelledText and no other")
+      for kind in ("ShareGPT", "QuestionContextAnswer")),
     Invalid("generator of labels", {"dataset.sources": _source(format="LabelledText")}, GENERATION,
             field="spec.dataset.sources", words="task Generation reads every format but this"),
     Invalid("validation in another format", {"dataset.validation.sources": _source(format="Text")},
@@ -726,7 +730,10 @@ VALID = [
       for variant in ("LoRA", "RsLoRA", "DoRA")),
     *(Valid(variant, {"method.lora.variant": variant}) for variant in ("LoRA", "RsLoRA", "DoRA")),
     Valid("every format of generation", {"dataset.sources": [
-        {**TEXTS[0], "format": f} for f in ("Messages", "PromptCompletion", "Alpaca", "Text")]}, GENERATION),
+        {**TEXTS[0], "format": f} for f in ("Messages", "ShareGPT", "PromptCompletion", "Alpaca", "QuestionContextAnswer", "Text")]}, GENERATION),
+    Valid("columns of tools and of questions", {"dataset.sources": [
+        {**TEXTS[0], "columns": {"messages": "talk", "tools": "functions"}},
+        {**TEXTS[0], "columns": {"question": "q", "context": "passage", "answer": "a"}}]}, GENERATION),
     Valid("gate of generation", {"evaluation": {"metrics": ["perplexity", "loss"],
                                                 "gate": {"metric": "perplexity", "maximum": 20.5}}}, GENERATION),
     Valid("gate on a metric that is not listed", {"evaluation": {

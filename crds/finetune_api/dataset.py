@@ -17,8 +17,10 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 class DataFormat(StrEnum):
     MESSAGES = "Messages"
+    SHARE_GPT = "ShareGPT"
     PROMPT_COMPLETION = "PromptCompletion"
     ALPACA = "Alpaca"
+    QUESTION_CONTEXT_ANSWER = "QuestionContextAnswer"
     TEXT = "Text"
     PREFERENCE = "Preference"
     LABELLED_TEXT = "LabelledText"
@@ -38,10 +40,14 @@ class Columns(Document):
     label: Column | None = Field(None, description="Column with the label (LabelledText). Usual names: label, labels, category, sentiment, class.")
     prompt: Column | None = Field(None, description="Column with the prompt (PromptCompletion, Preference). Usual name: prompt.")
     completion: Column | None = Field(None, description="Column with the completion (PromptCompletion). Usual names: completion, response.")
-    messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages). Usual names: messages, conversations.")
+    messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages) or {from, value} (ShareGPT), or its JSON. Usual names: messages, conversations.")
+    tools: Column | None = Field(None, description="Column with the list of functions that the assistant may call, or its JSON (Messages, ShareGPT, Preference). Usual name: tools.")
     instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
     input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
     output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")
+    question: Column | None = Field(None, description="Column with the question (QuestionContextAnswer). Usual name: question.")
+    context: Column | None = Field(None, description="Column with the optional text that the question is about (QuestionContextAnswer). Usual name: context.")
+    answer: Column | None = Field(None, description="Column with the answer, or with answers as SQuAD has them, of which the first is learned (QuestionContextAnswer). Usual names: answer, answers.")
     chosen: Column | None = Field(None, description="Column with the better answer (Preference): a text, a list of {role, content}, or a conversation that begins like the rejected one. Usual name: chosen.")
     rejected: Column | None = Field(None, description="Column with the worse answer (Preference). Usual name: rejected.")
 
@@ -49,7 +55,7 @@ class Columns(Document):
 class Source(Document):
     rules: ClassVar = uri_rules()
     uri: Uri = Field(description=f"A file, a folder of them, or a pattern (*, ?, [a-z], and ** for folders): JSONL, JSON, CSV, TSV, Parquet, Arrow or plain text; gzip, zstd, bz2 or xz. {URI_HELP}.")
-    format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row.")
+    format: DataFormat | None = Field(None, description="What a row looks like. Left out: recognised from the columns of the first row, Messages and ShareGPT from its messages.")
     columns: Columns | None = Field(None, description="Column names, where they differ from the usual ones.")
     secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
 

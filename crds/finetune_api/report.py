@@ -35,7 +35,8 @@ class SourceReport(Document):
     field: str = Field(description="Where it stands in the spec, for example dataset.sources[0].")
     uri: str
     sha256: str = Field(description="Hash of the file's bytes.")
-    format: str
+    format: str = Field(description="What a row looks like: as the spec says, or as it was recognised.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Which column stands for which field of the format, as the first row has them.")
     file: FileReport
     rows_read: int
     rows_rejected: int
@@ -49,6 +50,56 @@ class LengthReport(Document):
     p90: int
     p99: int
     longest: int
+
+
+class LengthHistogram(Document):
+    """Tokens per training row, before truncation, in buckets that grow: two for each doubling."""
+
+    edges: list[int] = Field(description="Bucket i holds rows of at least edges[i] and less than edges[i + 1] tokens.")
+    rows: list[int] = Field(description="One less than edges.")
+
+
+class SplitTokens(Document):
+    """What is learned from a split, and what was cut."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int | None = Field(None, description="Tokens that have a loss (Generation).")
+    supervised_share: float | None = None
+    truncated_rows: int
+    truncated_share: float
+    answers_cut: int | None = Field(None, description="Rows of which tokens were cut that would have been learned (Generation).")
+    answers_not_learned: int | None = Field(
+        None, description="Answers that the chat template writes differently once other turns follow them: learning them so would be learning what is never to be written (Generation)."
+    )
+
+
+class TextTokens(Document):
+    """How well the tokenizer fits: of the texts of some training rows, without what a chat template adds."""
+
+    sampled_rows: int = Field(description="Spread evenly over the training rows.")
+    tokens_per_word: float = Field(
+        description="Fertility. Words are parted by white space; in scripts without it (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Tibetan) every letter counts as one."
+    )
+    characters_per_token: float
+    unknown_share: float | None = Field(None, description="Share of the tokens that stand for what the tokenizer does not know. Unset: it has no such token.")
+
+
+class PackingReport(Document):
+    """Shares of real tokens in random steps of 32 training rows, cut by the functions that the training uses."""
+
+    sampled_rows: int
+    packed: float | None = Field(None, description="In sequences of maxLength tokens, into which rows are packed; what is left of one is not padded (Generation).")
+    padded: float = Field(description="Where rows of like length are padded to the longest of them, as for Classification and models that cannot be packed.")
+    fixed: float = Field(description="If every row were padded to maxLength.")
+
+
+class TokenizationReport(Document):
+    truncation: str = Field(description="What becomes of rows that are too long, in words.")
+    splits: dict[str, SplitTokens]
+    histogram: LengthHistogram | None = None
+    texts: TextTokens | None = None
+    packing: PackingReport | None = None
 
 
 class CleaningSample(Document):
@@ -208,7 +259,7 @@ class SampleReport(Document):
 
 
 class DataReport(Document):
-    """Written also when the data is refused; `model` and `lengths` are unset if that was before they were known."""
+    """Written also when the data is refused; `model`, `lengths` and `tokenization` are unset if that was before they were known."""
 
     summary: DataStatus
     findings: list[DataFinding] = Field(default_factory=list, description="Errors, then warnings.")
@@ -225,6 +276,7 @@ class DataReport(Document):
     labelling: LabellingReport | None = Field(None, description="Where the labels come from, and what is odd about them (Classification).")
     review: ReviewReport | None = Field(None, description="Set if the spec has dataset.review.")
     lengths: LengthReport | None = None
+    tokenization: TokenizationReport | None = None
 
 
 class ReviewRow(Document):

@@ -19,13 +19,21 @@ import numpy.typing as npt
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
-from finetune_api.report import DATA_PAGE, DATA_REPORT, QUARANTINE, REVIEW, DataReport, SampleReport
+from finetune_api.report import (
+    DATA_PAGE,
+    DATA_REPORT,
+    QUARANTINE,
+    REVIEW,
+    DataReport,
+    SampleReport,
+    TokenizationReport,
+)
 from finetune_api.spec import Task
 from finetune_api.status import ModelStatus
 
 from finetune_trainer.data.advice import Advice, warnings_of
 from finetune_trainer.data.cache import PreparedCache, hash_sources, hash_tokenizer
-from finetune_trainer.data.convert import InvalidRowError, usable_formats
+from finetune_trainer.data.convert import usable_formats
 from finetune_trainer.data.decide import decide
 from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
@@ -38,7 +46,16 @@ from finetune_trainer.data.report import Findings
 from finetune_trainer.data.review.decisions import Decided, check_labels, check_names, read_decisions
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
-from finetune_trainer.data.store import DataManifest, SplitWriter, TokenizedRow, write_manifest
+from finetune_trainer.data.statistics import TokenStatistics, measure_packing, truncation_policy
+from finetune_trainer.data.store import (
+    DataManifest,
+    SplitWriter,
+    TokenizedRow,
+    open_split,
+    read_manifest,
+    write_manifest,
+)
+from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import Interrupted, StageError, UserError
 from finetune_trainer.fetch import fetch_source, remove_folder
 from finetune_trainer.fetch_adapter import fetch_adapter
@@ -48,7 +65,7 @@ from finetune_trainer.telemetry.watch import Watch
 from finetune_trainer.workspace import Workspace, hash_file, new_folder, write_file
 
 if TYPE_CHECKING:  # transformers takes seconds; bad data should be told of before
-    from finetune_trainer.data.tokenize import Encoder
+    from finetune_trainer.data.tokenize import Encoded, Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +302,7 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
     names = [split for split in Split if split is not Split.TEST or plan.dataset.test]
     labels: dict[str, Counter[str]] = {split: Counter() for split in names}
     digest = _settings_hash(this)
+    statistics = TokenStatistics(encoder, findings.survey.rows[Split.TRAIN])
     with new_folder(this.workspace.data) as folder:
         with ExitStack() as stack:
             weighted = {Split.TRAIN} if _suspect_weight(this) < 1 else set()
@@ -292,12 +310,13 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
                 name: stack.enter_context(SplitWriter(folder / name, plan.task, weighted=name in weighted))
                 for name in names
             }
-            for row, tokens, length in _encoded_rows(this, rows, encoder):
-                writers[row.split].write(tokens)
-                _hash_row(digest, row.split, tokens)
+            for row, encoded in _encoded_rows(this, rows, encoder):
+                writers[row.split].write(encoded.row)
+                _hash_row(digest, row.split, encoded.row)
+                statistics.add(row.split, row.example, encoded)
                 if row.split is Split.TRAIN:
-                    findings.lengths.add(length)
-                    findings.cut_lengths.add(sum(len(part.input_ids) for part in tokens.documents))
+                    findings.lengths.add(encoded.length)
+                    findings.cut_lengths.add(sum(len(part.input_ids) for part in encoded.row.documents))
                 if isinstance(row.example, LabelledText):
                     labels[row.split][row.example.label] += 1
         splits = {str(name): writer.manifest for name, writer in writers.items()}
@@ -312,6 +331,7 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
             splits=splits,
         )
         write_manifest(folder, findings.manifest)
+        findings.tokenization = _tokenization(this, statistics, folder)
     train = splits[Split.TRAIN]
     logger.info("%d training rows with %d tokens, %d rows were cut", train.rows, train.tokens, train.truncated_rows)
 
@@ -324,8 +344,21 @@ def _suspect_weight(this: Run) -> float:
     return review.suspect_weight
 
 
-def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[PlacedRow, TokenizedRow, int]]:
-    """(Row, its tokens, their number before the cut) of all rows that can be learned from, in their order."""
+def _tokenization(this: Run, statistics: TokenStatistics, folder: Path) -> TokenizationReport:
+    """`folder`: the data as it is trained on."""
+    plan, findings = this.plan, this.findings
+    paired = plan.dpo is not None
+    return TokenizationReport(
+        truncation=truncation_policy(findings.max_length, plan.task, paired),
+        splits=statistics.splits(read_manifest(folder).splits, plan.task),
+        histogram=findings.lengths.histogram(),
+        texts=statistics.texts(),
+        packing=measure_packing(open_split(folder, Split.TRAIN, paired), findings.max_length, plan.task, paired),
+    )
+
+
+def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[PlacedRow, "Encoded"]]:
+    """All rows that can be learned from, in their order."""
     watch = this.watch("Tokenizing", 0.5, 1)
     total, done, weight = this.findings.survey.rows.total(), 0, _suspect_weight(this)
     for batch in batch_rows(rows.placed()):
@@ -333,7 +366,8 @@ def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[P
             if isinstance(result, InvalidRowError):
                 this.quarantine.add(row.file, Rejection(row.line, result.reason, result.detail))
             else:
-                yield row, result.row._replace(weight=weight) if row.suspicious else result.row, result.length
+                weighted = result.row._replace(weight=weight) if row.suspicious else result.row
+                yield row, result._replace(row=weighted)
         done += len(batch)
         watch.advance(done, total)
 

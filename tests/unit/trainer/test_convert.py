@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanSource
-from finetune_trainer.data.convert import convert_row, recognise_format, usable_columns, usable_formats
+from finetune_trainer.data.convert import convert_row, find_columns, recognise_format, usable_columns, usable_formats
 from finetune_trainer.data.examples import (
     Conversation,
     Example,
@@ -58,6 +58,7 @@ def converted(file: SourceFile, source: PlanSource, format: DataFormat) -> list[
     return [row if isinstance(row, Rejection) else convert_row(row, source, format) for row in rows]
 
 
+SHARE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 WORSE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away"}]
 
@@ -85,6 +86,31 @@ def preferred(*prompt: Turn, better: str = "hello", worse: str = "go away") -> P
             {"conversations": json.dumps(CHAT)},
             DataFormat.MESSAGES,
             Conversation((Turn("user", "hi"), Turn("assistant", "hello"))),
+        ),
+        (
+            {"conversations": SHARE},
+            DataFormat.SHARE_GPT,
+            Conversation((Turn("user", "hi"), Turn("assistant", "hello"))),
+        ),
+        (
+            {"messages": json.dumps(SHARE)},
+            DataFormat.SHARE_GPT,
+            Conversation((Turn("user", "hi"), Turn("assistant", "hello"))),
+        ),
+        (
+            {"question": "who?", "context": "I said it.", "answer": "I"},
+            DataFormat.QUESTION_CONTEXT_ANSWER,
+            PromptCompletion("I said it.\n\nwho?\n\n", "I"),
+        ),
+        (
+            {"question": "who?", "answers": {"text": ["I", "me"], "answer_start": [0, 0]}, "text": "no"},
+            DataFormat.QUESTION_CONTEXT_ANSWER,
+            PromptCompletion("who?\n\n", "I"),
+        ),
+        (
+            {"question": "who?", "context": None, "answers": [{"text": "I", "answer_start": 0}]},
+            DataFormat.QUESTION_CONTEXT_ANSWER,
+            PromptCompletion("who?\n\n", "I"),
         ),
         (
             {"prompt": "q ", "chosen": "a", "rejected": "b"},
@@ -164,6 +190,20 @@ def chat(*turns: tuple) -> dict:
         (chat(("user", "a"), ("system", "x"), ("assistant", "b")), DataFormat.MESSAGES, "role is not valid"),
         (chat(("user", "a"), ("assistant", None)), DataFormat.MESSAGES, "content is missing"),
         (chat(("user", ""), ("assistant", "b")), DataFormat.MESSAGES, "content is empty"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, DataFormat.MESSAGES, "messages are not valid"),
+        ({"messages": SHARE}, DataFormat.MESSAGES, "role is not valid"),
+        ({"messages": CHAT}, DataFormat.SHARE_GPT, "role is not valid"),
+        ({"messages": [{"from": "human", "value": 7}]}, DataFormat.SHARE_GPT, "value is not text"),
+        ({"messages": [SHARE[0], {"from": "gpt", "value": ""}]}, DataFormat.SHARE_GPT, "value is empty"),
+        ({"messages": SHARE[:1]}, DataFormat.SHARE_GPT, "messages do not end with the assistant"),
+        ({"messages": [*SHARE, {"from": "system"}]}, DataFormat.SHARE_GPT, "value is missing"),
+        ({"question": "q", "answer": None}, DataFormat.QUESTION_CONTEXT_ANSWER, "answer is missing"),
+        ({"question": "q", "answers": {"text": []}}, DataFormat.QUESTION_CONTEXT_ANSWER, "answer is missing"),
+        ({"question": "q", "answers": []}, DataFormat.QUESTION_CONTEXT_ANSWER, "answer is missing"),
+        ({"question": "q", "answers": {"texts": ["a"]}}, DataFormat.QUESTION_CONTEXT_ANSWER, "answer is not text"),
+        ({"question": "q", "answers": {"text": [""]}}, DataFormat.QUESTION_CONTEXT_ANSWER, "answer is empty"),
+        ({"question": "", "answer": "a"}, DataFormat.QUESTION_CONTEXT_ANSWER, "question is empty"),
+        ({"question": "q", "context": 1, "answer": "a"}, DataFormat.QUESTION_CONTEXT_ANSWER, "context is not text"),
         ({"chosen": "a", "rejected": "b"}, DataFormat.PREFERENCE, "prompt is missing"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, DataFormat.PREFERENCE, "rejected is empty"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, DataFormat.PREFERENCE, "chosen and rejected are the same"),
@@ -217,6 +257,24 @@ def test_the_first_row_of_jsonl_may_be_a_bad_one(write):
     assert recognise_format(file, source(), GENERATION) is DataFormat.TEXT
 
 
+def test_the_form_of_messages_is_told_by_the_first_row_that_has_some(write):
+    rows = [{"conversations": None}, {"conversations": []}, {"conversations": [{"x": 1}]}, {"conversations": SHARE}]
+    assert recognise_format(write(*rows), source(), GENERATION) is DataFormat.SHARE_GPT
+    assert recognise_format(write(*rows[:3]), source(), GENERATION) is DataFormat.MESSAGES
+    assert recognise_format(write(rows[3]), source(DataFormat.MESSAGES), GENERATION) is DataFormat.MESSAGES
+    file = write({"talk": SHARE, "text": "x"})
+    assert recognise_format(file, source(messages="talk"), GENERATION) is DataFormat.SHARE_GPT
+    late = write({"text": "x"}, {"talk": SHARE})
+    assert recognise_format(late, source(messages="talk"), GENERATION) is DataFormat.SHARE_GPT
+
+
+def test_the_columns_of_a_format_are_found(write):
+    file = write({"question": "q", "passage": "c", "answers": {"text": ["a"]}, "text": "x", "id": 7})
+    found = find_columns(file, source(context="passage"), DataFormat.QUESTION_CONTEXT_ANSWER)
+    assert found == {"question": "question", "answer": "answers", "context": "passage"}
+    assert find_columns(write(text="\n"), source(), DataFormat.TEXT) == {}
+
+
 def test_columns_that_fit_no_format_and_files_without_rows_are_named(write):
     with pytest.raises(UserError, match=r"a\.jsonl line 1: .*Messages needs .*Text needs"):
         recognise_format(write({"x": 1}), source(), GENERATION)
@@ -235,12 +293,25 @@ def test_pairs_without_dpo_are_told_what_they_need_and_dpo_what_its_rows_need(wr
     assert recognise_format(pairs, source(prompt="question"), PREFERENCE) is DataFormat.PREFERENCE
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(["user", "assistant", "role", "content"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "text", "label", "messages", "input"]), inner, max_size=4)
+WORDS = [
+    *(
+        "user",
+        "assistant",
+        "tool",
+        "role",
+        "content",
+        "text",
+        "label",
+        "messages",
+        "input",
+        "tool_calls",
+        "tool_call_id",
     ),
+    *("function", "name", "arguments", "id", "type", "from", "value", "human", "gpt", "function_call", "observation"),
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text() | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
     max_leaves=12,
 )
 
@@ -260,6 +331,10 @@ JSON = st.recursive(
                 "output",
                 "chosen",
                 "rejected",
+                "tools",
+                "question",
+                "context",
+                "answers",
             ]
         ),
         JSON,

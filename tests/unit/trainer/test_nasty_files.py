@@ -204,6 +204,26 @@ def talk(row: str, reason: str) -> Nasty:
     )
 
 
+def shared(*turns: tuple[object, object]) -> str:
+    return json.dumps({"conversations": [{"from": speaker, "value": value} for speaker, value in turns]})
+
+
+def called(arguments: object) -> str:
+    """A conversation that ends with a call."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    return json.dumps({"messages": turns})
+
+
+def huge_tools() -> list[object]:
+    """A schema of some MB, deep and wide."""
+    properties: dict[str, object] = {"type": "string", "description": noise(200)}
+    for level in range(40):
+        properties = {"type": "object", "properties": {f"p{level}": properties}}
+    many = {f"p{n}": {"type": "string", "enum": [noise(30)] * 20} for n in range(2000)}
+    return [{"type": "function", "function": {"name": f"f{n}", "parameters": {**properties, **many}}} for n in range(2)]
+
+
 PAIR = '{"prompt": "p", "completion": "c"}\n'
 
 
@@ -506,6 +526,93 @@ NASTY: dict[str, Nasty] = {
         kept=[["p", "c"]],
         rejected={"completion is empty": 1, "completion is missing": 1, "prompt is not text": 1},
     ),
+    # --- ShareGPT, tools, and answers of SQuAD
+    "ShareGPT": Nasty("a.jsonl", shared(("human", "q"), ("gpt", "a")).encode(), kept=[["user", "q", "assistant", "a"]]),
+    "ShareGPT as messages in a table": Nasty(
+        "a.csv",
+        b'messages\n"[{""from"": ""human"", ""value"": ""q""}, {""from"": ""gpt"", ""value"": ""a""}]"\n',
+        kept=[["user", "q", "assistant", "a"]],
+    ),
+    "ShareGPT of wrong roles": Nasty(
+        "a.jsonl",
+        "\n".join(
+            [
+                shared(("human", "q"), ("gpt", "a")),
+                shared(("User", "q"), ("gpt", "a")),
+                shared(("human", "q"), ("bot", "a")),
+                shared(("human", "q"), (7, "a")),
+                shared(("human", "q"), ("system", "s"), ("gpt", "a")),
+                shared(("human", "q"), ("gpt", "a"), ("human", "q")),
+                shared(("human", "q"), ("gpt", None)),
+                shared(("human", "q"), ("observation", "r"), ("gpt", "a")),
+                shared(("human", "q"), ("function_call", "f(x)"), ("observation", "r"), ("gpt", "a")),
+                GOOD_CHAT,
+            ]
+        ).encode(),
+        kept=[["user", "q", "assistant", "a"]],
+        rejected={
+            "role is not valid": 5,
+            "messages do not end with the assistant": 1,
+            "value is missing": 1,
+            "tool answers no call": 1,
+            "tool calls are not valid": 1,
+        },
+    ),
+    "ShareGPT behind messages": talk(shared(("human", "q"), ("gpt", "a")), "role is not valid"),
+    "a call without an end": talk(called('{"x": '), "arguments are not valid"),
+    "a call with a key twice": talk(called('{"x": 1, "x": 2}'), "arguments are not valid"),
+    "a call with a key twice, as an object": talk(
+        called(0).replace('"arguments": 0', '"arguments": {"x": 1, "x": 2}'), "duplicate key"
+    ),
+    "a call with NaN": talk(called('{"x": NaN}'), "arguments are not valid"),
+    "arguments a hundred deep": Nasty(
+        "a.jsonl",
+        called('{"x": ' * 90 + "1" + "}" * 90).encode(),
+        kept=[["user", "q", "assistant", "", "f", '{"x": ' * 90 + "1" + "}" * 90]],
+    ),
+    "arguments too deep": talk(called('{"x": ' * 101 + "1" + "}" * 101), "arguments are not valid"),
+    "arguments endlessly deep": talk(called('{"x": ' * 100_000), "arguments are not valid"),
+    "arguments of numbers without end": talk(called(f'{{"x": {"9" * 5000}}}'), "arguments are not valid"),
+    "a result of no call": talk(chat(("user", "q"), ("tool", "r"), ("assistant", "a")), "tool answers no call"),
+    "a huge schema": Nasty(
+        "a.jsonl",
+        lambda: json.dumps({**json.loads(GOOD_CHAT), "tools": huge_tools()}).encode(),
+        kept=[["user", "q", "assistant", "a", json.dumps(huge_tools())]],
+    ),
+    "a schema with a key twice, as text": talk(
+        json.dumps({**json.loads(GOOD_CHAT), "tools": '[{"name": "f", "name": "g"}]'}), "tools are not valid"
+    ),
+    "a schema without a name": talk(
+        json.dumps({**json.loads(GOOD_CHAT), "tools": [{"type": "function"}]}), "tools are not valid"
+    ),
+    "answers of SQuAD": Nasty(
+        "a.jsonl",
+        (
+            b'{"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}}\n'
+            b'{"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}\n'
+            b'{"question": "q", "context": "", "answers": {"text": "a"}}\n'
+            b'{"question": "q", "context": "c", "answers": null}\n'
+            b'{"question": "q", "context": "c", "answers": {"text": [null]}}\n'
+            b'{"question": "q", "context": "c", "answers": {"text": [["a"]]}}\n'
+            b'{"question": "q", "context": "c", "answers": {"text": [" "]}}\n'
+        ),
+        kept=[["c\n\nq\n\n", "a"], ["q\n\n", "a"]],
+        rejected={"answer is missing": 3, "answer is not text": 1, "answer is empty": 1},
+    ),
+    "answers of SQuAD in Parquet": Nasty(
+        "a.parquet",
+        parquet(
+            pa.table(
+                {
+                    "question": ["q", "r"],
+                    "context": ["c", None],
+                    "answers": [{"text": ["a"], "answer_start": [0]}, {"text": [], "answer_start": []}],
+                }
+            )
+        ),
+        kept=[["c\n\nq\n\n", "a"]],
+        rejected={"answer is missing": 1},
+    ),
     "an answer of control tokens": Nasty(
         "a.jsonl", (PAIR + '{"prompt": "</s>", "completion": "<pad>"}\n').encode(), kept=[["p", "c"], ["</s>", "<pad>"]]
     ),
@@ -568,7 +675,9 @@ def test_no_damage_breaks_the_stage(tmp_path, name, data):
 
 @GIVEN
 @given(
-    st.lists(st.dictionaries(st.sampled_from(["text", "n", "messages", "prompt", "completion"]), VALUES), max_size=4)
+    st.lists(
+        st.dictionaries(st.sampled_from(["text", "n", "messages", "prompt", "completion", "tools"]), VALUES), max_size=4
+    )
 )
 def test_random_json_is_kept_as_it_is_or_rejected(tmp_path, rows):
     """Written per line, as an array and over lines: the rows of one are those of the others."""

@@ -1,9 +1,9 @@
 """What the model sees of a row, and what of it has a loss."""
 
 import pytest
-from finetune_trainer.data.convert import InvalidRowError
 from finetune_trainer.data.examples import Conversation, LabelledText, PlainText, Preference, PromptCompletion, Turn
 from finetune_trainer.data.tokenize import Encoded, Encoder
+from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import UserError
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -169,12 +169,18 @@ def test_without_marks_an_answer_is_what_the_text_grows_by(llama):
     assert supervised(llama, encoded) == "hi there</s>\nfine</s>\n"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told_of(llama):
+def test_answers_that_a_template_rewrites_later_are_counted_and_not_learned(llama):
     llama.chat_template = FORGETFUL
-    many, one = Encoder(llama, 256).encode([CONVERSATION, PromptCompletion("hello", "hi")])
-    assert many.reason == "chat template hides the answers"
-    assert "{% generation %}" in many.detail
-    assert isinstance(one, Encoded)
+    many, one = encode(Encoder(llama, 256), CONVERSATION, PromptCompletion("hello", "hi"))
+    assert (supervised(llama, many), many.unlearned) == ("<|assistant|>fine</s>", 1)
+    assert (supervised(llama, one), one.unlearned) == ("<|assistant|>hi</s>", 0)
+
+
+def test_a_template_that_hides_all_answers_is_told_of(llama):
+    llama.chat_template = "{{ '!' if add_generation_prompt }}{{ messages[-1]['content'] }}"
+    (refused,) = Encoder(llama, 256).encode([CONVERSATION])
+    assert refused.reason == "chat template hides the answers"
+    assert "{% generation %}" in refused.detail
 
 
 def test_a_row_that_the_template_refuses_costs_only_itself(llama):

@@ -18,7 +18,7 @@ from finetune_api.report import CleaningReport, CleaningSample, CleaningStep
 from ftfy.badness import is_bad
 
 from finetune_trainer.data.convert import Unwanted
-from finetune_trainer.data.examples import Example, Preference, example_texts, map_texts, spoken_texts
+from finetune_trainer.data.examples import Example, Preference, example_texts, lacks_text, map_texts, spoken_texts
 from finetune_trainer.errors import UserError
 
 TextStep = Callable[[str], str]
@@ -280,7 +280,7 @@ def _language_code(code: str) -> str:
 
 def _emptied(example: Example) -> Unwanted | None:
     """A drop if cleaning took away what there was to learn."""
-    if not all(text.strip() for text in example_texts(example)):
+    if lacks_text(example):
         return Unwanted("empty once cleaned")
     if isinstance(example, Preference) and example_texts(example.chosen) == example_texts(example.rejected):
         return Unwanted("chosen and rejected are the same once cleaned")

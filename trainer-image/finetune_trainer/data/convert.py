@@ -3,9 +3,8 @@
 Formats (`DataFormat`) are what files look like; Alpaca rows, for example, become a prompt and its completion.
 """
 
-import json
-import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
@@ -24,11 +23,12 @@ from finetune_trainer.data.examples import (
     Turn,
     example_texts,
 )
-from finetune_trainer.data.read import RawRow, Rejection, is_unicode, read_rows, recognise_file
+from finetune_trainer.data.messages import is_share_gpt, match_calls, read_messages, read_share_gpt, read_tools
+from finetune_trainer.data.read import RawRow, Rejection, read_rows, recognise_file
+from finetune_trainer.data.values import InvalidRowError, checked_text, is_nan, parsed
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch import SourceFile
 
-ROLES = ("system", "user", "assistant", "tool")
 MAX_LABEL_LENGTH = 128
 
 USUAL_COLUMNS = {
@@ -37,9 +37,13 @@ USUAL_COLUMNS = {
     "prompt": ("prompt",),
     "completion": ("completion", "response"),
     "messages": ("messages", "conversations"),
+    "tools": ("tools",),
     "instruction": ("instruction",),
     "input": ("input",),
     "output": ("output",),
+    "question": ("question",),
+    "context": ("context",),
+    "answer": ("answer", "answers"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
@@ -47,15 +51,24 @@ USUAL_COLUMNS = {
 
 FIELDS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.MESSAGES: ("messages",),
+    DataFormat.SHARE_GPT: ("messages",),
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.ALPACA: ("instruction", "output"),
+    DataFormat.QUESTION_CONTEXT_ANSWER: ("question", "answer"),
     DataFormat.TEXT: ("text",),
     DataFormat.PREFERENCE: ("chosen", "rejected"),
     DataFormat.LABELLED_TEXT: ("text", "label"),
 }
-"""Format -> fields that every row has. In the order in which a format is recognised."""
+"""Format -> fields that every row has. In the order in which a format is recognised; Messages and ShareGPT are told
+apart by the messages themselves."""
 
-OPTIONAL_FIELDS = {DataFormat.ALPACA: ("input",), DataFormat.PREFERENCE: ("prompt",)}
+OPTIONAL_FIELDS = {
+    DataFormat.MESSAGES: ("tools",),
+    DataFormat.SHARE_GPT: ("tools",),
+    DataFormat.ALPACA: ("input",),
+    DataFormat.QUESTION_CONTEXT_ANSWER: ("context",),
+    DataFormat.PREFERENCE: ("prompt", "tools"),
+}
 
 
 def usable_formats(plan: Plan) -> list[DataFormat]:
@@ -65,15 +78,6 @@ def usable_formats(plan: Plan) -> list[DataFormat]:
     if plan.dpo is not None:
         return [DataFormat.PREFERENCE]
     return [f for f in FIELDS if f not in (DataFormat.LABELLED_TEXT, DataFormat.PREFERENCE)]
-
-
-class InvalidRowError(ValueError):
-    """A row cannot be learned from; neither text quotes it."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
 
 
 class Unwanted(NamedTuple):
@@ -105,33 +109,13 @@ class Row:
         if field not in self._optional:
             return False
         value = self.get(field)
-        return value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value)
+        return value is None or (isinstance(value, str) and not value.strip()) or is_nan(value)
 
 
 def column_names(source: PlanSource, field: str) -> tuple[str, ...]:
     """The columns in which a source may have a field."""
     named = getattr(source.columns, field)
     return (named,) if named else USUAL_COLUMNS[field]
-
-
-def checked_text(value: Any, name: str) -> str:
-    """The value, if it is a text that says something; otherwise raises InvalidRowError, which calls it `name`."""
-    if value is None:
-        raise InvalidRowError(f"{name} is missing")
-    if _is_nan(value):
-        raise InvalidRowError(f"{name} is missing", "it is NaN")
-    if not isinstance(value, str):
-        raise InvalidRowError(f"{name} is not text", f"it is of type {type(value).__name__}")
-    if not value.strip():
-        raise InvalidRowError(f"{name} is empty")
-    if not is_unicode(value):
-        raise InvalidRowError("not Unicode", f"{name} holds half of a surrogate pair")
-    return value
-
-
-def _is_nan(value: Any) -> bool:
-    """What pandas writes for what is missing."""
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _labelled_text(row: Row) -> LabelledText:
@@ -173,40 +157,34 @@ def _alpaca(row: Row) -> PromptCompletion:
     return PromptCompletion("\n\n".join(parts) + "\n\n", row.text("output"))
 
 
-def _conversation(row: Row) -> Conversation:
-    messages = row.get("messages")
-    if isinstance(messages, str):  # a CSV cell
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise InvalidRowError("messages are not valid", "the text of the column is not JSON") from None
+def _question_context_answer(row: Row) -> PromptCompletion:
+    """The context comes first, as people read it; the prompt is put together like that of an Alpaca row."""
+    parts = [row.text("question")]
+    if row.get("context") not in (None, ""):
+        parts.insert(0, row.text("context"))
+    return PromptCompletion("\n\n".join(parts) + "\n\n", checked_text(_first_answer(row.get("answer")), "answer"))
+
+
+def _first_answer(value: Any) -> Any:
+    """Of answers as SQuAD writes them, {text: [...], answer_start: [...]} or a list of {text, ...}, the first."""
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    if isinstance(value, list):
+        if not value:
+            raise InvalidRowError("answer is missing", "the list of answers is empty: the question has none")
+        value = value[0]["text"] if isinstance(value[0], dict) and "text" in value[0] else value[0]
+    return value
+
+
+def _conversation(row: Row, read: Callable[[Any], tuple[Turn, ...]]) -> Conversation:
+    messages = parsed(row.get("messages"), "messages")
     if messages is None:
         raise InvalidRowError("messages is missing")
-    turns = _turns(messages)
+    tools = read_tools(row.get("tools"))
+    turns = match_calls(read(messages), tools)
     if turns[-1].role != "assistant":
         raise InvalidRowError("messages do not end with the assistant", "there is no answer to learn")
-    return Conversation(turns)
-
-
-def _turns(messages: Any, place: str = "") -> tuple[Turn, ...]:
-    """`place` tells, in what is said of bad ones, which messages they are: " of chosen"."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRowError("messages are not valid", f"not a list of {{role, content}}{place}")
-    return tuple(_turn(f"message {number}{place}", number, message) for number, message in enumerate(messages, start=1))
-
-
-def _turn(name: str, number: int, message: Any) -> Turn:
-    if not isinstance(message, dict):
-        raise InvalidRowError("messages are not valid", f"{name} is not an object")
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRowError("role is not valid", f"that of {name} is none of {', '.join(ROLES)}")
-    if role == "system" and number > 1:
-        raise InvalidRowError("role is not valid", f"{name} is of the system; only the first may be")
-    try:
-        return Turn(role, checked_text(message.get("content"), "content"))
-    except InvalidRowError as error:
-        raise InvalidRowError(error.reason, f"{name} {error.detail}".rstrip()) from None
+    return Conversation(turns, tools=tools)
 
 
 def _preference(row: Row) -> Preference:
@@ -219,7 +197,7 @@ def _preference(row: Row) -> Preference:
         chosen, rejected = (_whole(begun, _spoken(value, name, "assistant"), name) for name, value in answers.items())
         if isinstance(prompt, list) and not begun == chosen[: len(begun)] == rejected[: len(begun)]:
             raise InvalidRowError("chosen and rejected do not begin with the prompt")
-        pair = _conversations(chosen, rejected)
+        pair = _conversations(chosen, rejected, read_tools(row.get("tools")))
     else:
         pair = Preference(*(PromptCompletion(row.text("prompt"), row.text(name)) for name in answers))
     if example_texts(pair.chosen) == example_texts(pair.rejected):
@@ -229,7 +207,7 @@ def _preference(row: Row) -> Preference:
 
 def _spoken(value: Any, name: str, role: str) -> tuple[Turn, ...]:
     """Messages; a text is one, of `role`."""
-    return _turns(value, f" of {name}") if isinstance(value, list) else (Turn(role, checked_text(value, name)),)
+    return read_messages(value, f" of {name}") if isinstance(value, list) else (Turn(role, checked_text(value, name)),)
 
 
 def _whole(prompt: tuple[Turn, ...], answer: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
@@ -238,18 +216,21 @@ def _whole(prompt: tuple[Turn, ...], answer: tuple[Turn, ...], name: str) -> tup
     return prompt + answer if answer[0].role == "assistant" else answer
 
 
-def _conversations(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Preference:
+def _conversations(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], tools: str) -> Preference:
+    chosen, rejected = match_calls(chosen, tools), match_calls(rejected, tools)
     most = min(len(chosen), len(rejected)) - 1
     given = next((n for n in range(most) if chosen[n] != rejected[n]), most)
     if given == 0:
         raise InvalidRowError("prompt is missing", "and chosen and rejected do not begin with the same message")
-    return Preference(Conversation(chosen, given), Conversation(rejected, given))
+    return Preference(Conversation(chosen, given, tools), Conversation(rejected, given, tools))
 
 
 CONVERTERS: dict[DataFormat, Callable[[Row], Example]] = {
-    DataFormat.MESSAGES: _conversation,
+    DataFormat.MESSAGES: partial(_conversation, read=read_messages),
+    DataFormat.SHARE_GPT: partial(_conversation, read=read_share_gpt),
     DataFormat.PROMPT_COMPLETION: _prompt_completion,
     DataFormat.ALPACA: _alpaca,
+    DataFormat.QUESTION_CONTEXT_ANSWER: _question_context_answer,
     DataFormat.TEXT: _plain_text,
     DataFormat.PREFERENCE: _preference,
     DataFormat.LABELLED_TEXT: _labelled_text,
@@ -279,11 +260,33 @@ def recognise_format(
     candidates = [source.format] if source.format else _candidates(source, usable)
     spared = {field for field in optional if not getattr(source.columns, field)}
     fitting = [f for f in candidates if not {*_missing_fields(f, first, source)} - spared]
+    if not fitting and len(candidates) == 1 and not recognise_file(file).kind.tabular:
+        fitting = candidates  # another row of a JSONL file may have them
+    if fitting and fitting[0] is DataFormat.MESSAGES and source.format is None:
+        return _form_of_messages(file, source, check)
     if fitting:
         return fitting[0]
-    if len(candidates) == 1 and not recognise_file(file).kind.tabular:  # another row of a JSONL file may have them
-        return candidates[0]
     raise UserError(Reason.DATA_INVALID, _no_format(file, source, candidates or usable, first))
+
+
+def _form_of_messages(file: SourceFile, source: PlanSource, check: Callable[[], None]) -> DataFormat:
+    """By the first row whose messages tell it."""
+    for row in read_rows(file, usable_columns(source)):
+        check()
+        is_other = is_share_gpt(Row(row.values, source).get("messages")) if isinstance(row, RawRow) else None
+        if is_other is not None:
+            return DataFormat.SHARE_GPT if is_other else DataFormat.MESSAGES
+    return DataFormat.MESSAGES
+
+
+def find_columns(
+    file: SourceFile, source: PlanSource, data_format: DataFormat, check: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Field of the format -> the column in which the first row of `file` that can be read has it."""
+    first = _first_row(file, source, check)
+    fields = (*FIELDS[data_format], *OPTIONAL_FIELDS.get(data_format, ()))
+    found = {f: next((n for n in column_names(source, f) if first and n in first.values), None) for f in fields}
+    return {field: name for field, name in found.items() if name}
 
 
 def _first_row(file: SourceFile, source: PlanSource, check: Callable[[], None]) -> RawRow | None:
@@ -295,9 +298,10 @@ def _first_row(file: SourceFile, source: PlanSource, check: Callable[[], None]) 
 
 
 def _candidates(source: PlanSource, usable: list[DataFormat]) -> list[DataFormat]:
-    """The usable formats that have use for every column that the spec names."""
+    """The usable formats that have use for every column that the spec names; ShareGPT is a form of Messages here."""
     mapped = {field for field in USUAL_COLUMNS if getattr(source.columns, field)}
-    return [f for f in usable if mapped <= {*FIELDS[f], *OPTIONAL_FIELDS.get(f, ())}]
+    formats = [f for f in usable if f is not DataFormat.SHARE_GPT]
+    return [f for f in formats if mapped <= {*FIELDS[f], *OPTIONAL_FIELDS.get(f, ())}]
 
 
 def _missing_fields(data_format: DataFormat, row: RawRow, source: PlanSource) -> list[str]:

@@ -1,13 +1,29 @@
 """What can be learned from: one type for each way, and the texts in it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+
+class ToolCall(NamedTuple):
+    name: str
+    arguments: dict[str, Any]
+    """As JSON has them."""
+    id: str
 
 
 class Turn(NamedTuple):
+    """`content` may be empty for an assistant that calls tools and for what a tool returns."""
+
     role: str
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    """Of the assistant."""
+    call_id: str | None = None
+    """Of a tool: the call that it answers."""
+    name: str | None = None
+    """Of a tool: its name."""
 
 
 UNLABELLED = ""
@@ -39,6 +55,8 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     given: int = 0
+    tools: str = ""
+    """The functions that the assistant may call, as a JSON list; empty without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +79,22 @@ def example_texts(example: Example) -> list[str]:
             return [text]
         case PromptCompletion(prompt, completion):
             return [prompt, completion]
-        case Conversation(turns):
-            return [part for turn in turns for part in turn]
+        case Conversation(turns, _, tools):
+            return [part for turn in turns for part in _turn_texts(turn)] + ([tools] if tools else [])
         case Preference(chosen, rejected):
             return example_texts(chosen) + example_texts(rejected)
 
 
+def _turn_texts(turn: Turn) -> list[str]:
+    if not turn.calls:
+        return [turn.role, turn.content]
+    called = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in turn.calls]
+    return [turn.role, turn.content, *(part for call in called for part in call)]
+
+
 def map_texts(example: Example, change: Callable[[str], str]) -> Example:
-    """The example with its texts changed; roles and labels are none, and the white space between a prompt and its
+    """The example with its texts changed, those in the arguments of tool calls among them. Roles, labels, names of
+    functions and arguments, and the schemas of tools are none, and the white space between a prompt and its
     completion, which says how they are joined, belongs to neither.
     """
     match example:
@@ -80,10 +106,46 @@ def map_texts(example: Example, change: Callable[[str], str]) -> Example:
             before, after = prompt.rstrip(), completion.lstrip()
             end, start = prompt[len(before) :], completion[: len(completion) - len(after)]
             return PromptCompletion(change(before) + end, start + change(after))
-        case Conversation(turns, given):
-            return Conversation(tuple(Turn(turn.role, change(turn.content)) for turn in turns), given)
+        case Conversation(turns, given, tools):
+            return Conversation(tuple(_map_turn(turn, change) for turn in turns), given, tools)
         case Preference(chosen, rejected):
             return Preference(map_texts(chosen, change), map_texts(rejected, change))  # type: ignore[arg-type]
+
+
+def _map_turn(turn: Turn, change: Callable[[str], str]) -> Turn:
+    content = change(turn.content)
+    if not turn.calls:
+        return Turn(turn.role, content, (), turn.call_id, turn.name)
+    calls = tuple(call._replace(arguments=_map_json(call.arguments, change)) for call in turn.calls)
+    return turn._replace(content=content, calls=calls)
+
+
+def _map_json(value: Any, change: Callable[[str], str]) -> Any:
+    """A whole number is looked at as the text that it is, too: it may be that of a card or a telephone."""
+    match value:
+        case str():
+            return change(value)
+        case bool():
+            return value
+        case int():
+            text = str(value)
+            changed = change(text)
+            return value if changed == text else changed
+        case dict():
+            return {key: _map_json(inner, change) for key, inner in value.items()}
+        case list():
+            return [_map_json(inner, change) for inner in value]
+    return value
+
+
+def lacks_text(example: Example) -> bool:
+    """Whether a text that must say something is blank: a call says something, and a tool may return nothing."""
+    match example:
+        case Conversation(turns):
+            return any(not (turn.content.strip() or turn.calls or turn.role == "tool") for turn in turns)
+        case Preference(chosen, rejected):
+            return lacks_text(chosen) or lacks_text(rejected)
+    return not all(text.strip() for text in example_texts(example))
 
 
 def spoken_texts(example: Example) -> list[str]:
@@ -99,12 +161,14 @@ def spoken_texts(example: Example) -> list[str]:
 
 
 def input_texts(example: Example) -> list[str]:
-    """The texts that a model is given before it answers; all of them where there is no answer to tell from them."""
+    """The texts that a model is given before it answers; all of them where there is no answer to tell from them. The
+    tools are left out: the same question with other tools beside the right one is still the same question.
+    """
     match example:
         case PromptCompletion(prompt, _):
             return [prompt]
-        case Conversation(turns, given) if len(turns) > 1:
-            return example_texts(Conversation(turns[: given or -1]))
+        case Conversation(turns, given):
+            return example_texts(Conversation(turns[: given or -1] if len(turns) > 1 else turns))
         case Preference(chosen, _):
             return input_texts(chosen)
     return example_texts(example)

@@ -4,7 +4,7 @@ Texts pass by once and lie on disk after that; what is known of all rows at once
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanDataset, PlanSource
 from finetune_api.report import ConflictReport, DuplicateReport
 
-from finetune_trainer.data.convert import recognise_format, usable_columns
+from finetune_trainer.data.convert import find_columns, recognise_format, usable_columns
 from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import Example, example_texts
 from finetune_trainer.data.labelling import check_columns, optional_fields, rule_columns
@@ -51,6 +51,8 @@ class OpenedSource:
     format: DataFormat
     ignored: Sequence[str] = ()
     """URIs of files beside them that are no data."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field of the format -> column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,10 @@ def open_sources(dataset: PlanDataset, formats: list[DataFormat], downloads: Pat
         for source in _sources(dataset, split):
             watch.check()
             files, ignored = fetch_source(source, downloads / source.field, watch)
-            data_format = recognise_format(
-                first_with_rows(files), source, formats, watch.check, optional_fields(dataset)
-            )
-            opened.append(OpenedSource(source, split, files, data_format, ignored))
+            first = first_with_rows(files)
+            data_format = recognise_format(first, source, formats, watch.check, optional_fields(dataset))
+            columns = find_columns(first, source, data_format, watch.check)
+            opened.append(OpenedSource(source, split, files, data_format, ignored, columns))
     return opened
 
 

@@ -14,9 +14,11 @@ from finetune_api.report import (
     DuplicateReport,
     FileReport,
     LabellingReport,
+    LengthHistogram,
     LengthReport,
     ReviewReport,
     SourceReport,
+    TokenizationReport,
 )
 from finetune_api.status import DataStatus, LengthStatus, ModelStatus
 
@@ -53,6 +55,18 @@ class Lengths:
         mean = round(float(values.mean()), 2)
         return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
 
+    def histogram(self) -> LengthHistogram | None:
+        """None if there are no rows."""
+        values = np.frombuffer(self._values, dtype=np.int32)
+        if not len(values):
+            return None
+        doublings = np.arange(0, 2 * int(values.max()).bit_length() + 1) / 2
+        edges = np.unique(np.floor(2**doublings).astype(np.int64))
+        rows, _ = np.histogram(values, edges)
+        used = np.flatnonzero(rows)
+        first, last = int(used[0]), int(used[-1])
+        return LengthHistogram(edges=edges[first : last + 2].tolist(), rows=rows[first : last + 1].tolist())
+
     def status(self) -> LengthStatus | None:
         """None if there are no rows."""
         values = np.frombuffer(self._values, dtype=np.int32)
@@ -84,6 +98,7 @@ class Findings:
     cut_lengths: Lengths = field(default_factory=Lengths)
     """As they are trained on."""
     manifest: DataManifest | None = None
+    tokenization: TokenizationReport | None = None
 
     def report(self, quarantine: Quarantine) -> DataReport:
         return DataReport(
@@ -95,6 +110,7 @@ class Findings:
                     uri=file.uri,
                     sha256=self.hashes[file],
                     format=opened.format.value,
+                    columns=dict(opened.columns),
                     file=_file_report(self.files[file]),
                     rows_read=self.survey.read[file],
                     rows_rejected=quarantine.by_file[file],
@@ -111,6 +127,7 @@ class Findings:
             labelling=self._labelling(),
             review=self.review,
             lengths=self.lengths.report(),
+            tokenization=self.tokenization,
         )
 
     def _labelling(self) -> LabellingReport | None:

@@ -1,7 +1,7 @@
 """Examples -> token ids and what is learned of them, in batches (the fast tokenizers use all cores for one).
 
-Text of the dataset never becomes control tokens: "</s>" in a text is four characters. In a chat, only what the template
-itself adds becomes some.
+Text of the dataset never becomes control tokens: "</s>" in a text is four characters. In a chat (`chat`), only what the
+template itself adds becomes some.
 """
 
 import re
@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from finetune_api.constants import Reason
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune_trainer.data.convert import InvalidRowError
+from finetune_trainer.data.chat import ChatTemplate, Rendered, Span
 from finetune_trainer.data.examples import (
     Conversation,
     Example,
@@ -26,30 +24,20 @@ from finetune_trainer.data.examples import (
     Turn,
 )
 from finetune_trainer.data.store import TokenizedRow
+from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import UserError
-
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""How a template marks what the assistant says (transformers, chat templates)."""
-
-STAND_INS = range(0xF0000, 0xFFFFE)
-"""Private characters, of which one that a row does not have stands for each control token that its text spells."""
-
-Span = tuple[int, int]
 
 
 class Encoded(NamedTuple):
-    """A row for training, and its number of tokens before it was cut."""
+    """A row for training, and what it was before it was cut."""
 
     row: TokenizedRow
     length: int
-
-
-class Rendered(NamedTuple):
-    """A conversation as text. In characters: where the assistant speaks, and where the turns spell a control token."""
-
-    text: str
-    answers: list[Span]
-    spelled: list[Span]
+    """In tokens, before the cut."""
+    answer_cut: bool = False
+    """Tokens were cut that would have been learned."""
+    unlearned: int = 0
+    """Answers that are not learned from, see `chat.Rendered`."""
 
 
 class Encoder:
@@ -70,12 +58,11 @@ class Encoder:
         self._max_length = max_length
         self._class_ids = {label: number for number, label in enumerate(labels)}
         self._vocabulary_size = vocabulary_size
-        self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        self._marked = bool(self._template and GENERATION_MARK.search(self._template))
         self._prefix = special_prefix(tokenizer)
         self._control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control_token = _any_of(tokenizer.added_tokens_decoder[id].content for id in self._control_ids)
-        joined = self._encode_turns if self._template else self._encode_joined
+        control_token = _any_of(tokenizer.added_tokens_decoder[id].content for id in self._control_ids)
+        self._chat = ChatTemplate(tokenizer, control_token)
+        joined = self._encode_turns if self._chat.exists else self._encode_joined
         self._encoders: dict[type, Callable[[Any], list[Encoded | InvalidRowError]]] = {
             LabelledText: self._encode_labelled,
             PlainText: self._encode_plain,
@@ -96,6 +83,16 @@ class Encoder:
         for kind, chosen in places.items():
             results.update(zip(chosen, self._encoders[kind]([examples[i] for i in chosen]), strict=True))
         return [results[place] for place in range(len(examples))]
+
+    @property
+    def has_unknown_token(self) -> bool:
+        return self._tokenizer.unk_token_id is not None
+
+    def count_tokens(self, texts: list[str]) -> tuple[int, int]:
+        """How many tokens the texts have by themselves, and how many of them stand for what is not known."""
+        encoded = self._ids(texts)
+        unknown = self._tokenizer.unk_token_id
+        return sum(map(len, encoded)), sum(ids.count(unknown) for ids in encoded)
 
     def _encode_labelled(self, examples: list[LabelledText]) -> list[Encoded | InvalidRowError]:
         texts = [example.text for example in examples]
@@ -145,7 +142,7 @@ class Encoder:
         return [_pair(better, worse) for better, worse in zip(chosen, rejected, strict=True)]
 
     def _encode_turns(self, examples: list[Conversation | PromptCompletion]) -> list[Encoded | InvalidRowError]:
-        rendered = [self._render_answers(*_turns(example)) for example in examples]
+        rendered = [self._chat.render(*_turns(example)) for example in examples]
         texts = [item.text for item in rendered if not isinstance(item, InvalidRowError)]
         if not self._tokenizer.is_fast:
             raise UserError(
@@ -162,7 +159,8 @@ class Encoder:
             offsets = np.array(batch.encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
             mask = _within(offsets, item.answers).tolist()
             ids = batch["input_ids"][number]
-            results.append(self._row(*self._spell_out(ids, mask, item, offsets) if item.spelled else (ids, mask)))
+            ids, mask = self._spell_out(ids, mask, item, offsets) if item.spelled else (ids, mask)
+            results.append(self._row(ids, mask, item.unlearned))
             number += 1
         return results
 
@@ -180,75 +178,6 @@ class Encoder:
             letters.extend((letter, learned) for letter in spelled)
         return [id for id, _ in letters], [learned for _, learned in letters]
 
-    def _render_answers(self, turns: Sequence[Turn], given: int) -> Rendered | InvalidRowError:
-        """The conversation as text. Only answers after the `given` turns count."""
-        spelled = {token for turn in turns for token in self._control_token.findall(turn.content)}
-        if not spelled:
-            answers = self._find_answers(turns, given)
-            return answers if isinstance(answers, InvalidRowError) else Rendered(*answers, [])
-        used = {character for turn in turns for character in turn.content}
-        free = (character for character in map(chr, STAND_INS) if character not in used)
-        stand_ins = dict(zip(sorted(spelled), free, strict=False))
-        hidden = [
-            turn._replace(content=self._control_token.sub(lambda found: stand_ins[found[0]], turn.content))
-            for turn in turns
-        ]
-        answers = self._find_answers(hidden, given)
-        if isinstance(answers, InvalidRowError):
-            return answers
-        return _reveal(*answers, {character: token for token, character in stand_ins.items()})
-
-    def _find_answers(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]] | InvalidRowError:
-        """The conversation as text and where in it, after the `given` turns, the assistant speaks, in characters."""
-        try:
-            if self._marked:
-                texts, spans = self._render(turns, mark_answers=True)
-                before = sum(turn.role == "assistant" for turn in turns[:given])
-                return texts[0], [(int(start), int(end)) for start, end in spans[0][before:]]
-            return self._answers_by_prefix(turns, given)
-        except InvalidRowError as error:
-            return error
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
-            return InvalidRowError(
-                "chat template refuses the row", f"the model knows no such order of roles: {_roles(turns)}"
-            )
-
-    def _answers_by_prefix(self, turns: Sequence[Turn], given: int) -> tuple[str, list[Span]]:
-        """Each answer is what the text grows by when it is added to the turns before it."""
-        (text,) = self._render(turns)
-        spans = []
-        for number, turn in enumerate(turns):
-            if turn.role != "assistant" or number < given:
-                continue
-            if number == 0:
-                raise InvalidRowError("messages begin with the assistant", "there is nothing that it answers")
-            (before,) = self._render(turns[:number], add_generation_prompt=True)
-            (after,) = self._render(turns[: number + 1])
-            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
-                raise InvalidRowError(
-                    "chat template hides the answers",
-                    "it writes earlier turns differently when others follow; mark the answers in the template "
-                    "with {% generation %}",
-                )
-            spans.append((len(before), len(after)))
-        return text, spans
-
-    def _render(self, turns: Sequence[Turn], mark_answers: bool = False, add_generation_prompt: bool = False) -> Any:
-        if self._template is None:
-            raise UserError(
-                Reason.MODEL_INVALID,
-                "model.uri: its tokenizer has no chat template, which format Messages needs: use a model that is "
-                "made for chat, or data in format PromptCompletion",
-            )
-        texts, spans = render_jinja_template(
-            conversations=[[turn._asdict() for turn in turns]],
-            chat_template=self._template,
-            return_assistant_tokens_mask=mark_answers,
-            add_generation_prompt=add_generation_prompt,
-            **self._tokenizer.special_tokens_map,
-        )
-        return (texts, spans) if mark_answers else texts
-
     def _ids(self, texts: list[str], add_special_tokens: bool = False, cut: bool = False) -> list[list[int]]:
         limits = {"truncation": True, "max_length": self._max_length} if cut else {}
         batch = self._tokenizer(
@@ -263,14 +192,15 @@ class Encoder:
         ids: list[list[int]] = batch["input_ids"]
         return ids
 
-    def _row(self, ids: list[int], mask: list[bool]) -> Encoded | InvalidRowError:
+    def _row(self, ids: list[int], mask: list[bool], unlearned: int = 0) -> Encoded | InvalidRowError:
         """Cuts the row. The first token is predicted by none, so it is never supervised."""
         kept, supervised = ids[: self._max_length], [False, *mask[1 : self._max_length]]
         if not any(supervised):
             cause = f"its prompt alone fills the {self._max_length} tokens" if any(mask[1:]) else "it has no answer"
             return InvalidRowError("nothing left to learn", cause)
         self._check_ids(kept)
-        return Encoded(TokenizedRow(kept, loss_mask=supervised, truncated=len(kept) < len(ids)), len(ids))
+        row = TokenizedRow(kept, loss_mask=supervised, truncated=len(kept) < len(ids))
+        return Encoded(row, len(ids), any(mask[self._max_length :]), unlearned)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if self._vocabulary_size is not None and max(ids) >= self._vocabulary_size:
@@ -304,23 +234,11 @@ def _within(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return mask
 
 
-def _reveal(text: str, answers: Sequence[Span], stand_ins: dict[str, str]) -> Rendered:
-    """The text with what its stand-ins stand for, and every span where it is then."""
-    parts, spelled, place = [], [], [0]
-    for character in text:
-        part = stand_ins.get(character, character)
-        if part is not character:
-            spelled.append((place[-1], place[-1] + len(part)))
-        parts.append(part)
-        place.append(place[-1] + len(part))
-    return Rendered("".join(parts), [(place[start], place[end]) for start, end in answers], spelled)
-
-
-def _turns(example: Conversation | PromptCompletion) -> tuple[Sequence[Turn], int]:
-    """The turns, and how many of them are not learned from."""
+def _turns(example: Conversation | PromptCompletion) -> tuple[Sequence[Turn], int, str]:
+    """The turns, how many of them are not learned from, and the tools."""
     if isinstance(example, Conversation):
-        return example.turns, example.given
-    return (Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip())), 1
+        return example.turns, example.given, example.tools
+    return (Turn("user", example.prompt.strip()), Turn("assistant", example.completion.strip())), 1, ""
 
 
 def _pair(chosen: Encoded | InvalidRowError, rejected: Encoded | InvalidRowError) -> Encoded | InvalidRowError:
@@ -330,8 +248,9 @@ def _pair(chosen: Encoded | InvalidRowError, rejected: Encoded | InvalidRowError
         return InvalidRowError(rejected.reason, f"rejected: {rejected.detail}")
     if list(chosen.row.input_ids) == list(rejected.row.input_ids):
         return InvalidRowError("chosen and rejected are the same", "as far as the tokens that are kept tell")
-    return Encoded(chosen.row._replace(rejected=rejected.row), chosen.length + rejected.length)
-
-
-def _roles(turns: Sequence[Turn], most: int = 8) -> str:
-    return ", ".join(turn.role for turn in turns[:most]) + (", …" if len(turns) > most else "")
+    return Encoded(
+        chosen.row._replace(rejected=rejected.row),
+        chosen.length + rejected.length,
+        chosen.answer_cut or rejected.answer_cut,
+        chosen.unlearned + rejected.unlearned,
+    )

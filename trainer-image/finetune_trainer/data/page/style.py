@@ -60,7 +60,8 @@ li { overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light;
     --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee;
     --hue1: #2f6fb7; --hue2: #1f8a70; --hue3: #b4651d; --error: #b3261e; --warning: #8a5a00; --good: #1d7048; }
-  body { font-size: 10.5pt; } main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
+  :root, body { font-size: 12px; } .scroll { overflow: visible; } .number { width: auto; }
+  .bar { min-width: 3rem; } main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   section { padding: .8rem 1rem; } tr, .tiles div, .findings li { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .bar rect, .plot rect { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

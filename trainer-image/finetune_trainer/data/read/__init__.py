@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from finetune_trainer.data.read.columnar import read_columnar
 from finetune_trainer.data.read.csv_rows import read_csv
-from finetune_trainer.data.read.json_rows import read_json, read_jsonl
+from finetune_trainer.data.read.json_rows import RefusedValueError, parse_json, read_json, read_jsonl
 from finetune_trainer.data.read.lines import read_text
 from finetune_trainer.data.read.recognise import FileFacts, FileKind, recognise_file
 from finetune_trainer.data.read.rows import RawRow, Rejection, is_unicode
@@ -14,9 +14,11 @@ __all__ = [
     "FileFacts",
     "FileKind",
     "RawRow",
+    "RefusedValueError",
     "Rejection",
     "first_with_rows",
     "is_unicode",
+    "parse_json",
     "read_rows",
     "recognise_file",
 ]

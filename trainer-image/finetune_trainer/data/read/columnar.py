@@ -51,16 +51,31 @@ def read_columnar(file: SourceFile, facts: FileFacts, columns: Collection[str] |
 
 def _rows(batch: Any, first: int) -> Iterator[RawRow | Rejection]:
     try:
-        for number, values in enumerate(batch.to_pylist(), start=first):
+        for number, values in enumerate(_values(batch), start=first):
             yield RawRow(number, values)
     except CONVERSION_ERRORS:  # before the first one: one by one, so that a bad one costs only itself
         for place in range(batch.num_rows):
             yield _row(batch.slice(place, 1), first + place)
 
 
+def _values(batch: Any) -> list[dict[str, Any]]:
+    nested = [field.name for field in batch.schema if pa.types.is_nested(field.type)]
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return [{**row, **{name: _without_nulls(row[name]) for name in nested}} for row in rows] if nested else rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without keys that are null. Such a file gives every object the keys that any other one has, so that a
+    null and a key that was never written are the same there.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _row(batch: Any, number: int) -> RawRow | Rejection:
     try:
-        return RawRow(number, batch.to_pylist()[0])
+        return RawRow(number, _values(batch)[0])
     except UnicodeDecodeError:
         return undecodable(number, "utf-8")
     except CONVERSION_ERRORS:

@@ -30,7 +30,9 @@ TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 TOO_DEEP = ("nested too deeply", f"more than {MAX_NESTING} lists and objects within each other")
 
 
-class _RefusedValueError(ValueError):
+class RefusedValueError(ValueError):
+    """JSON that is none, or whose value would not be what was written; neither text quotes it."""
+
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -59,47 +61,52 @@ def read_json(file: SourceFile, facts: FileFacts) -> Iterator[RawRow | Rejection
 
 
 def json_row(number: int, text: str, encoding: str) -> RawRow | Rejection:
-    """The object that a text is. A value that would not be what was written is no value."""
+    """The object that a text is."""
     if not is_unicode(text):
         return undecodable(number, encoding)
     try:
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
-        _check_shape(values, text)
-    except json.JSONDecodeError as error:
-        return Rejection(number, "invalid JSON", f"at character {error.pos + 1}")
-    except _RefusedValueError as error:
+        values = parse_json(text)
+    except RefusedValueError as error:
         return Rejection(number, error.reason, error.detail)
-    except RecursionError:
-        return Rejection(number, *TOO_DEEP)
-    except ValueError:  # a number with thousands of digits
-        return Rejection(number, "invalid JSON")
+    if not isinstance(values, dict):
+        return Rejection(number, "invalid JSON", "not an object")
+    if len(values) > MAX_COLUMNS:
+        return Rejection(number, "too many columns", f"{len(values)}; at most {MAX_COLUMNS}")
     return RawRow(number, values)
 
 
-def _check_shape(values: Any, text: str) -> None:
-    if not isinstance(values, dict):
-        raise _RefusedValueError("invalid JSON", "not an object")
-    if len(values) > MAX_COLUMNS:
-        raise _RefusedValueError("too many columns", f"{len(values)}; at most {MAX_COLUMNS}")
-    if text.count("[") + text.count("{") > MAX_NESTING and _depth(values) > MAX_NESTING:
-        raise _RefusedValueError(*TOO_DEEP)
+def parse_json(text: str) -> Any:
+    """The value that a text is. Raises RefusedValueError where it would not be what was written."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise RefusedValueError("invalid JSON", f"at character {error.pos + 1}") from None
+    except RecursionError:
+        raise RefusedValueError(*TOO_DEEP) from None
+    except RefusedValueError:
+        raise
+    except ValueError:  # a number with thousands of digits
+        raise RefusedValueError("invalid JSON", "") from None
+    if text.count("[") + text.count("{") > MAX_NESTING and _depth(value) > MAX_NESTING:
+        raise RefusedValueError(*TOO_DEEP)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise _RefusedValueError("duplicate key", "an object has a key twice: which value counts?")
+        raise RefusedValueError("duplicate key", "an object has a key twice: which value counts?")
     return values
 
 
 def _no_number(_name: str) -> None:
-    raise _RefusedValueError("not a number", "NaN and Infinity are not JSON")
+    raise RefusedValueError("not a number", "NaN and Infinity are not JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise _RefusedValueError("not a number", "a number is too large to be kept")
+        raise RefusedValueError("not a number", "a number is too large to be kept")
     return value
 
 
