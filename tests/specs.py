@@ -173,6 +173,12 @@ BOUNDS = [
     _too_long("dataset.labels", 128, ["a", "x" * 129], "[1]"),
     _bound("dataset.labels", ["a", ""], "at least 1 chars long", "at least 1 character", place="[1]"),
     _bound("dataset.labels", [0, 1], "must be of type string", "should be a valid string", place="[0]"),
+    *_range("dataset.review.suspectWeight", -0.1, "greater than or equal to 0", 1.1, "less than or equal to 1"),
+    *_range("dataset.review.maxRows", 0, "greater than or equal to 1", 100_001, "less than or equal to"),
+    _bound("dataset.review.decisions", [], "should have at least 1 items", "should have at least 1 item"),
+    _too_many("dataset.review.decisions", 8, TEXTS[0]),
+    _too_long("dataset.review.decisions", 1024, [{"uri": "hf://datasets/" + "x" * 1024}], "[0].uri"),
+    _needs("dataset.review.decisions", "dataset.review.decisions[0].uri", [{}]),
     _choice("dataset.duplicates.action", "Merge"),
     *_range("dataset.duplicates.similarity", 0.49, "greater than or equal to 0.5", 1, "less than"),
     _too_many_keys("dataset.labelling.aliases", 512, "positive"),
@@ -387,6 +393,16 @@ RULES = [
             ("configmap://adapter/weights", "an adapter is a folder and does not fit a ConfigMap"),
         )
     ),
+    *(
+        Invalid(f"decisions {uri}", {"dataset.review.decisions": [{"uri": uri}]}, field="spec.dataset.review.decisions[0].uri", words=words)
+        for uri, words in (
+            ("reviewed.jsonl", "expected one of hf://owner/name"),
+            ("pvc://claim/..", "a path may not contain '..'"),
+            ("https://me:secret@host/reviewed.jsonl", "a URI may not contain a password"),
+        )
+    ),
+    Invalid("local decisions", {"dataset.review.decisions": [{"uri": "file://reviewed.jsonl"}]}, field="spec.dataset.review.decisions[0].uri",
+            words="file:// works only with `finetune run`", cluster_only=True),
     Invalid("local adapter", {"model.adapter.uri": "file://adapter"}, field="spec.model.adapter.uri",
             words="file:// works only with `finetune run`", cluster_only=True),
     *(
@@ -421,6 +437,12 @@ RULES = [
     Invalid("empty test", {"dataset.test": {}}, field="spec.dataset.test", words="give either sources or fraction"),
     Invalid("same label twice", {"dataset.labels": ["a", "b", "a"]}, field="spec.dataset.labels[2]",
             words="Duplicate value", our_words="'a' may be given only once"),
+    Invalid("review of a generator", {"dataset.review": {}}, GENERATION, field="spec.dataset.review", words="review is for task Classification"),
+    *(
+        Invalid(f"label {label} in a review", {"dataset.labels": ["good", label], "dataset.review": {}},
+                field="spec.dataset.labels", words="'keep' and 'drop' are decisions and cannot be labels")
+        for label in ("keep", "drop")
+    ),
     Invalid("labelling of a generator", {"dataset.labelling": {"minimumRows": 2}}, GENERATION, field="spec.dataset.labelling",
             words="labelling is for task Classification"),
     Invalid("alias of an alias", {"dataset.labelling.aliases": {"pos": "good", "good": "positive"}},
@@ -616,6 +638,7 @@ EVERYTHING: Changes = {
         ],
         "validation": {"fraction": 0.1}, "test": {"sources": [{"uri": "https://host/test.parquet?version=2"}]},
         "labels": ["negative", "neutral", "positive"], "maxRejected": 0.01,
+        "review": {"suspectWeight": 0.2, "maxRows": 200, "decisions": [{"uri": "s3://bucket/reviewed.jsonl", "secretRef": {"name": "s3"}}]},
         "duplicates": {"action": "Drop", "similarity": 0.8},
         "labelling": {"aliases": {"pos": "positive", "-1": "negative"}, "minimumRows": 50, "conflicts": "Majority", "rules": [
             {"name": "profit-warning", "label": "negative", "keywords": ["profit warning", "C++"]},
@@ -718,6 +741,8 @@ VALID = [
     Valid("as much labelling as there may be", {"dataset.labels": [f"{i:0128}" for i in range(512)], "dataset.labelling": {
         "aliases": {f"alias {i}": f"{i:0128}" for i in range(512)},
         "rules": [{"name": f"table-{n}", "table": {f"value {i}": f"{i:0128}" for i in range(256)}} for n in range(32)]}}),
+    Valid("review", {"dataset.review": {}}),
+    Valid("review that leaves suspicious rows out of the loss", {"dataset.labels": ["keeps", "drops"], "dataset.review": {"suspectWeight": 0}}),
     Valid("labelling without a closed set", {"dataset.labelling": {"aliases": {"pos": "positive"}, "conflicts": "Drop", "rules": [_RULE]}}),
     Valid("as many labels as there may be", {"dataset.labels": [f"{i:0128}" for i in range(512)]}),
     Valid("as many sources as there may be", {"dataset.sources": [
@@ -750,6 +775,8 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "dataset.validation": (LEFT_OUT, {"fraction": 0.1}),
     "dataset.test": ({"fraction": 0.1}, {"fraction": 0.2}),
     "dataset.labels": (["a", "b"], ["b", "a"]),
+    "dataset.review": (LEFT_OUT, {}),
+    "dataset.review.suspectWeight": (LEFT_OUT, 0.5),
     "dataset.duplicates": (LEFT_OUT, {}),
     "dataset.duplicates.similarity": (0.8, 0.9),
     "dataset.labelling": (LEFT_OUT, {"minimumRows": 2}),

@@ -97,6 +97,7 @@ def full_status() -> FineTuneJobStatus:
             duplicate_rows=14,
             weak_rows=120,
             conflicting_rows=6,
+            suspicious_rows=7,
             personal_data={"Email": 12, "EMPLOYEE": 1},
             fingerprint="sha256:" + "0" * 64,
         ),

@@ -226,6 +226,23 @@ class PersonalDataSpec(Document):
     key_secret_ref: LocalReference | None = Field(None, description="Secret whose entry 'key', at least 16 bytes, makes the pseudonyms. Who has it can tell whether a pseudonym is that of a known value.")
 
 
+class DecisionFile(Document):
+    rules: ClassVar = uri_rules()
+    uri: Uri = Field(description=f"report/review.jsonl with its decisions filled in; or any file of rows with the columns rowHash and decision: JSONL, JSON, CSV, TSV, Parquet or Arrow; or a folder or a pattern, as in dataset.sources. {URI_HELP}.")
+    secret_ref: LocalReference | None = Field(None, description="Secret with the credentials for this URI; keys as for model.secretRef.")
+
+
+class ReviewSpec(Document):
+    """A classifier of its own, on CPU, judges each training row by the other ones (confident learning, https://arxiv.org/abs/1911.00068). Nothing is removed but by a decision."""
+
+    suspect_weight: float | None = Field(None, ge=0, le=1, description="How much the loss of a suspicious row counts in training; other rows count 1. Left out: 1, they are only reported.")
+    max_rows: int = Field(1000, ge=1, le=100_000, description="Most rows in report/review.jsonl, the most suspicious ones. That file holds text of the dataset, cleaned and with personal data treated as the spec says.")
+    decisions: Annotated[list[DecisionFile], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="What people decided on rows of report/review.jsonl: the right label, 'keep' (the label is right) or 'drop' (leave the row out). It holds for every row with this text, in all splits; "
+        "an empty decision is none. Rows that were decided are not asked about again."
+    )
+
+
 class DatasetSpec(Document):
     rules: ClassVar = (
         Rule("(has(self.validation) ? (has(self.validation.fraction) ? self.validation.fraction : 0.0) : 0.1) "
@@ -236,6 +253,8 @@ class DatasetSpec(Document):
         Rule("!has(self.labels) || !has(self.labelling) || !has(self.labelling.rules) || self.labelling.rules.all(r, "
              "(!has(r.label) || r.label in self.labels) && (!has(r.table) || r.table.all(v, r.table[v] in self.labels)))",
              "a rule must vote for a label that dataset.labels lists", "labelling.rules"),
+        Rule("!has(self.labels) || !has(self.review) || !('keep' in self.labels || 'drop' in self.labels)",
+             "in a review, 'keep' and 'drop' are decisions and cannot be labels; give the labels other names by labelling.aliases", "labels"),
     )
     sources: Sources = Field(description="Training data. All sources together must fit the task.")
     validation: Split | None = Field(None, description="Rows to choose the best checkpoint by. Left out: a tenth of the sources.")
@@ -246,6 +265,7 @@ class DatasetSpec(Document):
     )
     duplicates: DuplicatesSpec | None = Field(None, description="Rows that say the same, or nearly. Left out: they are kept, those with the same input in one split.")
     labelling: LabellingSpec | None = Field(None, description="How labels are read, checked and made (Classification).")
+    review: ReviewSpec | None = Field(None, description="Wrong labels: found in the training rows, shown to people in report/review.jsonl, and corrected by their decisions (Classification). Left out: not looked for.")
     clean: CleanSpec | None = Field(None, description="What is repaired in the texts of all splits, and which rows are left out. Left out: nothing is changed.")
     personal_data: PersonalDataSpec | None = Field(None, description="E-mail addresses, phone numbers, secrets and the like in the texts of all splits; labels are not looked at. Left out: not looked for.")
     max_rejected: float = Field(0, ge=0, lt=1, description="Share of rows that may be rejected before the job fails. 0: every row must be valid.")

@@ -64,6 +64,12 @@ class PlanPersonalData(Document):
     key_dir: str | None = Field(None, description="Folder with the entries of keySecretRef as files; prepare only.")
 
 
+class PlanReview(Document):
+    suspect_weight: float | None = None
+    max_rows: int
+    decisions: list[PlanSource] = Field(default_factory=list)
+
+
 class PlanDataset(Document):
     sources: list[PlanSource]
     validation: PlanSplit
@@ -71,6 +77,7 @@ class PlanDataset(Document):
     labels: list[str] | None = None
     duplicates: DuplicatesSpec | None = None
     labelling: LabellingSpec | None = None
+    review: PlanReview | None = None
     clean: CleanSpec | None = None
     personal_data: PlanPersonalData | None = None
     max_rejected: float = 0

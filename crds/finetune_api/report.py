@@ -1,6 +1,7 @@
 """Documents in the workspace's `report/` folder, for people and programs: the evidence behind the status.
 
-- `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`. `report/data.html` is the same for people.
+- `report/data.json`: `DataReport`, written by prepare; rejected rows stand in `report/quarantine.jsonl`, rows whose label
+  people should look at in `report/review.jsonl`. `report/data.html` is the same for people.
 - `report/evaluation.json`: `EvaluationReport`, written by train.
 """
 
@@ -15,6 +16,7 @@ from finetune_api.status import DataStatus, GateResult, ModelStatus, Score
 DATA_REPORT = "data.json"
 DATA_PAGE = "data.html"
 QUARANTINE = "quarantine.jsonl"
+REVIEW = "review.jsonl"
 EVALUATION_REPORT = "evaluation.json"
 
 
@@ -179,6 +181,48 @@ class LabellingReport(Document):
     conflicts: ConflictReport | None = None
 
 
+class Suspicion(StrEnum):
+    """Why somebody should look at the label of a row: a classifier finds another one likelier; or the same text has another
+    one, with dataset.duplicates.similarity also a similar text.
+    """
+
+    LIKELY_WRONG = "LikelyWrong"
+    CONFLICTING_LABELS = "ConflictingLabels"
+
+
+class LabelPair(Document):
+    """Suspicious rows by the label that they have and the one that is likelier."""
+
+    label: str
+    suggested: str
+    rows: int
+
+
+class DecisionReport(Document):
+    """What the files of dataset.review.decisions did; rows are those of the data, duplicates that are left out included."""
+
+    files: dict[str, str] = Field(description="URI -> SHA-256 of the file's bytes.")
+    corrected: int = Field(description="Rows that were given another label.")
+    confirmed: int = Field(description="Rows whose label stays: by 'keep', or since it is the one that was decided.")
+    dropped: int = Field(description="Rows left out by 'drop'.")
+    held_out: int = Field(description="Of those that are kept: rows of validation and test.")
+    unknown: int = Field(description="Decisions on texts that are not in the data, as it is cleaned now.")
+    undecided: int = Field(description="Rows of the files without a decision.")
+
+
+class ReviewReport(Document):
+    """Confident learning on the training rows, and what people decided."""
+
+    judged_rows: int = Field(description="Training rows that a classifier judged which had not seen them. Those that people decided on, and those of a label with too few other rows, are not judged.")
+    accuracy: float | None = Field(None, description="Of this classifier, cross-validated, against the labels as they are; unset if nothing was judged.")
+    suspicious_rows: int = Field(description="Rows for which another label is likelier than their own.")
+    estimated_error_share: float | None = Field(None, description="Estimated share of wrong labels in the rows that were judged. The weaker the classifier, the more it is too high.")
+    pairs: list[LabelPair] = Field(default_factory=list, description="The commonest first, at most a hundred.")
+    exported_rows: int = Field(description="Lines of review.jsonl, one for each text.")
+    suspect_weight: float | None = Field(None, description="How much the loss of suspicious rows counts in training.")
+    decisions: DecisionReport | None = Field(None, description="Set if the spec has dataset.review.decisions.")
+
+
 class Level(StrEnum):
     ERROR = "Error"
     WARNING = "Warning"
@@ -192,6 +236,7 @@ class Remark(StrEnum):
     ANSWERS_NOT_LEARNED = "AnswersNotLearned"  # mark the answers in the chat template with {% generation %}, or give each its own row
     ENCODING_GUESSED = "EncodingGuessed"  # look at some rows, or save the file as UTF-8
     PERSONAL_DATA_KEPT = "PersonalDataKept"  # choose another dataset.personalData.action
+    LABELS_DOUBTFUL = "LabelsDoubtful"  # look at review.jsonl, and give your decisions back
     SAMPLE_TOO_SMALL = "SampleTooSmall"  # the sample does not show it: read more rows, or all
     MODEL_UNREACHABLE = "ModelUnreachable"  # the tokens were not counted, and the model was not checked
     CLUSTER_ONLY = "ClusterOnly"  # good for `finetune run`, refused by a cluster
@@ -230,8 +275,23 @@ class DataReport(Document):
     duplicates: DuplicateReport | None = Field(None, description="Set if the spec has dataset.duplicates.")
     labels: dict[str, dict[str, int]] | None = Field(None, description="Split -> label -> rows (Classification).")
     labelling: LabellingReport | None = Field(None, description="Where the labels come from, and what is odd about them (Classification).")
+    review: ReviewReport | None = Field(None, description="Set if the spec has dataset.review.")
     lengths: LengthReport | None = None
     tokenization: TokenizationReport | None = None
+
+
+class ReviewRow(Document):
+    """One line of review.jsonl, the most suspicious first. It holds text of the dataset."""
+
+    row_hash: str = Field(description="Of the text, whatever its white space: the same as long as cleaning and the treatment of personal data leave the same text.")
+    uri: str
+    line: int
+    text: str = Field(description="Cleaned, with personal data treated as the spec says.")
+    label: str
+    suggested: str = Field(description="The likeliest label; the same as `label` if only the reason ConflictingLabels made somebody look.")
+    confidence: float = Field(description="Probability of `suggested`, by a classifier that has not seen the row.")
+    reasons: list[Suspicion]
+    decision: str = Field("", description="To be filled in: the right label, 'keep' or 'drop'.")
 
 
 class Quarantined(Document):

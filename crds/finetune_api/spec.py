@@ -333,6 +333,7 @@ class FineTuneJobSpec(Document):
              "NF4 needs a CUDA GPU: ask for one with resources.gpus, or leave quantization out", "method.lora.quantization"),
         Rule("self.task == 'Classification' || !has(self.dataset.labels)", "labels are for task Classification; leave them out", "dataset.labels"),
         Rule("self.task == 'Classification' || !has(self.dataset.labelling)", "labelling is for task Classification; leave it out", "dataset.labelling"),
+        Rule("self.task == 'Classification' || !has(self.dataset.review)", "review is for task Classification; leave it out", "dataset.review"),
         _format_fits_task("dataset.sources"),
         _format_fits_task("dataset.validation.sources"),
         _format_fits_task("dataset.test.sources"),

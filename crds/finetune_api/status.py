@@ -81,6 +81,7 @@ class DataStatus(Document):
     duplicate_rows: int | None = Field(None, description="Rows that say what an earlier one says, or nearly; unset if the spec does not ask for it.")
     weak_rows: int | None = Field(None, description="Rows whose label is of dataset.labelling.rules; unset without rules.")
     conflicting_rows: int | None = Field(None, description="Rows whose text stands there with another label, too (Classification).")
+    suspicious_rows: int | None = Field(None, description="Training rows whose label is probably wrong (report/review.jsonl); unset without dataset.review.")
     personal_data: Annotated[dict[str, int], Field(max_length=24)] | None = Field(None, description="Values found by kind, for example Email: 12; unset if the spec does not ask for it.")
     fingerprint: str = Field(max_length=128, description="Hash of the rows, the tokenizer and the settings.")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from finetune_api.constants import Stage
-from finetune_api.dataset import Source
+from finetune_api.dataset import DecisionFile, Source
 from finetune_api.kubernetes import LocalReference
 from finetune_api.plan import Location
 from finetune_api.spec import AdapterSource, FineTuneJobSpec, ModelSpec, OutputSpec
@@ -88,11 +88,12 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 def storage_used(spec: FineTuneJobSpec, stage: Stage) -> Iterator[tuple[str, LocalReference | None]]:
     """URI and Secret of all that a stage reads or writes beside the workspace: for training that is nothing."""
-    used: list[ModelSpec | AdapterSource | Source | OutputSpec] = []
+    used: list[ModelSpec | AdapterSource | Source | DecisionFile | OutputSpec] = []
     if stage is Stage.PREPARE:
         splits = (spec.dataset.validation, spec.dataset.test)
         held_out = (source for split in splits if split for source in split.sources or ())
-        used = [spec.model, *filter(None, [spec.model.adapter]), *spec.dataset.sources, *held_out]
+        decisions = (spec.dataset.review.decisions if spec.dataset.review else None) or ()
+        used = [spec.model, *filter(None, [spec.model.adapter]), *spec.dataset.sources, *held_out, *decisions]
     elif stage is Stage.PUBLISH:
         used = [spec.output]
     for part in used:

@@ -105,6 +105,8 @@ def _uris(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
     yield from of_sources("sources", spec.dataset.sources)
     for name, split in (("validation", spec.dataset.validation), ("test", spec.dataset.test)):
         yield from of_sources(f"{name}.sources", split.sources if split else None)
+    for index, file in enumerate((spec.dataset.review.decisions if spec.dataset.review else None) or ()):
+        yield f"spec.dataset.review.decisions[{index}].uri", file.uri
     if spec.output.uri:
         yield "spec.output.uri", spec.output.uri
 

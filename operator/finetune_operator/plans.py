@@ -4,7 +4,7 @@ Where files lie is a `Layout`'s to say: `PodLayout` in a cluster; `finetune run`
 """
 
 from finetune_api.constants import Stage
-from finetune_api.dataset import Columns, Source, Split
+from finetune_api.dataset import Columns, DecisionFile, Source, Split
 from finetune_api.plan import (
     JobReference,
     Location,
@@ -19,6 +19,7 @@ from finetune_api.plan import (
     PlanModel,
     PlanOutput,
     PlanPersonalData,
+    PlanReview,
     PlanSource,
     PlanSplit,
     PlanTraining,
@@ -124,7 +125,9 @@ def has_peers(plan: Plan) -> bool:
     return plan.stage is Stage.TRAIN and plan.device.nodes > 1
 
 
-def _location(layout: Layout, part: ModelSpec | AdapterSource | Source | OutputSpec, reachable: bool) -> Location:
+def _location(
+    layout: Layout, part: ModelSpec | AdapterSource | Source | DecisionFile | OutputSpec, reachable: bool
+) -> Location:
     """Only a stage that reads or writes it has it mounted; for the others it is a name."""
     uri = part.uri or ""
     return layout.locate(uri, part.secret_ref) if reachable else Location(uri=uri)
@@ -154,10 +157,22 @@ def _dataset(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanDataset
         labels=spec.dataset.labels,
         duplicates=spec.dataset.duplicates,
         labelling=spec.dataset.labelling,
+        review=_review(spec, stage, layout),
         clean=spec.dataset.clean,
         personal_data=_personal_data(spec, stage, layout),
         max_rejected=spec.dataset.max_rejected,
     )
+
+
+def _review(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanReview | None:
+    settings = spec.dataset.review
+    if settings is None:
+        return None
+    decisions = [
+        PlanSource(location=_location(layout, file, stage is Stage.PREPARE), field=f"dataset.review.decisions[{index}]")
+        for index, file in enumerate(settings.decisions or ())
+    ]
+    return PlanReview(suspect_weight=settings.suspect_weight, max_rows=settings.max_rows, decisions=decisions)
 
 
 def _personal_data(spec: FineTuneJobSpec, stage: Stage, layout: Layout) -> PlanPersonalData | None:

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
-from finetune_api.report import DATA_PAGE, DATA_REPORT, QUARANTINE, DataReport, SampleReport, TokenizationReport
+from finetune_api.report import (
+    DATA_PAGE,
+    DATA_REPORT,
+    QUARANTINE,
+    REVIEW,
+    DataReport,
+    SampleReport,
+    TokenizationReport,
+)
 from finetune_api.spec import Task
 from finetune_api.status import ModelStatus
 
@@ -34,6 +43,7 @@ from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sou
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import Rejection, recognise_file
 from finetune_trainer.data.report import Findings
+from finetune_trainer.data.review.decisions import Decided, check_labels, check_names, read_decisions
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.statistics import TokenStatistics, measure_packing, truncation_policy
@@ -47,7 +57,7 @@ from finetune_trainer.data.store import (
 )
 from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import Interrupted, StageError, UserError
-from finetune_trainer.fetch import remove_folder
+from finetune_trainer.fetch import fetch_source, remove_folder
 from finetune_trainer.fetch_adapter import fetch_adapter
 from finetune_trainer.fetch_model import fetch_model
 from finetune_trainer.telemetry import Telemetry
@@ -149,7 +159,8 @@ class Cached:
     def __init__(self, this: Run) -> None:
         self._this = this
         self._cache = PreparedCache(Path(this.plan.cache) if this.plan.cache else None)
-        self._sources = hash_sources(this.plan, this.findings.sources, this.findings.hashes)
+        findings = this.findings
+        self._sources = hash_sources(this.plan, findings.sources, findings.hashes, findings.decisions)
         self._restored = False
 
     def restore(self) -> DataReport | None:
@@ -182,6 +193,9 @@ def fetch_data(this: Run, downloads: Path) -> None:
     watch = this.watch("Fetching data", 0, 0.1)
     sources = open_sources(dataset, usable_formats(this.plan), downloads, watch)
     findings.hashes = {file: hash_file(file.path, watch.check) for opened in sources for file in opened.files}
+    for source in this.plan.dataset.review.decisions if this.plan.dataset.review else ():
+        for file in fetch_source(source, downloads / source.field, watch).files:
+            findings.decisions[file] = hash_file(file.path, watch.check)
     findings.files = {file: recognise_file(file) for file in findings.hashes}
     findings.sources = sources
 
@@ -205,12 +219,36 @@ def read_data(this: Run, rows: Rows) -> Rows:
     """Judges every row: bad data ends here."""
     dataset, findings = this.plan.dataset, this.findings
     most = this.plan.sample.rows if this.plan.sample else None
-    read_all(rows, dataset, this.quarantine, findings.survey, this.watch("Reading data", 0.1, 0.2), most=most)
-    decide(rows, dataset, this.quarantine, findings.survey)
+    watch = this.watch("Reading data", 0.1, 0.2)
+    decided = read_decisions(findings.decisions, dataset, watch.check)
+    read_all(rows, dataset, this.quarantine, findings.survey, watch, decisions=decided.decisions, most=most)
+    with this.advice.check(doubtful=findings.survey.cut):
+        check_labels(decided, findings.survey.log.review)
+    groups = decide(rows, dataset, this.quarantine, findings.survey)
     splits = ", ".join(f"{split} {count}" for split, count in sorted(findings.survey.rows.items()))
     logger.info("%d rows read, %d rejected: %s", findings.survey.rows_read, this.quarantine.rejected, splits)
     this.judge()
+    if dataset.review:
+        review_labels(this, rows, groups, decided)
     return rows
+
+
+def review_labels(this: Run, rows: Rows, groups: npt.NDArray[np.int64], decided: Decided) -> None:
+    """Marks the rows whose label is probably wrong, and shows them to people."""
+    from finetune_trainer.data.review.run import find_facts, report_decisions, review  # scikit-learn takes a second
+
+    settings, findings = this.plan.dataset.review, this.findings
+    if settings is None or len(rows.ledger.label_names) < 2:
+        return
+    check_names(rows.ledger.label_names)
+    watch = this.watch("Looking for wrong labels", 0.2, 0.2)
+    path, facts = this.workspace.report / REVIEW, find_facts(rows, groups, decided)
+    report = review(rows, facts, settings, path, lambda done: watch.advance(done, 1))
+    if settings.decisions:
+        decisions = report_decisions(rows, decided, findings.survey.log.review, findings.decisions)
+        report = report.model_copy(update={"decisions": decisions})
+    findings.review = report
+    logger.info("%d of %d rows have a label that is probably wrong", report.suspicious_rows, report.judged_rows)
 
 
 def fetch_foundation(this: Run) -> "Encoder | None":
@@ -267,7 +305,11 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
     statistics = TokenStatistics(encoder, findings.survey.rows[Split.TRAIN])
     with new_folder(this.workspace.data) as folder:
         with ExitStack() as stack:
-            writers = {name: stack.enter_context(SplitWriter(folder / name, plan.task)) for name in names}
+            weighted = {Split.TRAIN} if _suspect_weight(this) < 1 else set()
+            writers = {
+                name: stack.enter_context(SplitWriter(folder / name, plan.task, weighted=name in weighted))
+                for name in names
+            }
             for row, encoded in _encoded_rows(this, rows, encoder):
                 writers[row.split].write(encoded.row)
                 _hash_row(digest, row.split, encoded.row)
@@ -294,6 +336,14 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
     logger.info("%d training rows with %d tokens, %d rows were cut", train.rows, train.tokens, train.truncated_rows)
 
 
+def _suspect_weight(this: Run) -> float:
+    """How much suspicious rows count in training; 1 if there are none."""
+    review = this.findings.review
+    if review is None or review.suspect_weight is None or not review.suspicious_rows:
+        return 1.0
+    return review.suspect_weight
+
+
 def _tokenization(this: Run, statistics: TokenStatistics, folder: Path) -> TokenizationReport:
     """`folder`: the data as it is trained on."""
     plan, findings = this.plan, this.findings
@@ -310,13 +360,14 @@ def _tokenization(this: Run, statistics: TokenStatistics, folder: Path) -> Token
 def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[PlacedRow, "Encoded"]]:
     """All rows that can be learned from, in their order."""
     watch = this.watch("Tokenizing", 0.5, 1)
-    total, done = this.findings.survey.rows.total(), 0
+    total, done, weight = this.findings.survey.rows.total(), 0, _suspect_weight(this)
     for batch in batch_rows(rows.placed()):
         for row, result in zip(batch, encoder.encode([row.example for row in batch]), strict=True):
             if isinstance(result, InvalidRowError):
                 this.quarantine.add(row.file, Rejection(row.line, result.reason, result.detail))
             else:
-                yield row, result
+                weighted = result.row._replace(weight=weight) if row.suspicious else result.row
+                yield row, result._replace(row=weighted)
         done += len(batch)
         watch.advance(done, total)
 
@@ -338,3 +389,5 @@ def _hash_row(digest: "hashlib._Hash", split: Split, row: TokenizedRow) -> None:
             str(document.label).encode() if document.loss_mask is None else np.packbits(document.loss_mask).tobytes()
         )
         digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)
+    if row.weight != 1:
+        digest.update(f"weight {row.weight}".encode())

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,8 @@ def sync_folder(folder: Path) -> None:
     _sync(folder)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes the whole file or leaves the old one: temporary name, fsync, rename.
+def write_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Writes the whole file, which may come in parts, or leaves the old one: temporary name, fsync, rename.
 
     What a killed attempt left is removed first: a file has one writer at a time.
     """
@@ -67,7 +67,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     temporary = _name_beside(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.writelines(_parts(content))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -75,6 +75,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _parts(content: str | bytes | Iterable[bytes]) -> Iterable[bytes]:
+    if isinstance(content, str):
+        return (content.encode(),)
+    return (content,) if isinstance(content, bytes) else content
 
 
 def hash_file(path: Path, check: Callable[[], None] = lambda: None) -> str:

@@ -66,6 +66,7 @@ def test_jobs_within_the_bounds_are_let_in() -> None:
         ({"dataset.sources": [{"uri": "s3://eu-data/a"}, {"uri": "s3://us-data/b"}]}, "spec.dataset: s3://us-data/b"),
         ({"dataset.validation": {"sources": [{"uri": "https://host/v.csv"}]}}, "spec.dataset: https://host/v.csv"),
         ({"dataset.test": {"sources": [{"uri": "https://host/t.csv"}]}}, "spec.dataset: https://host/t.csv"),
+        ({"dataset.review": {"decisions": [{"uri": "https://host/r.csv"}]}}, "spec.dataset: https://host/r.csv"),
         ({"output": {"uri": "s3://us-results/x"}}, "spec.output: s3://us-results/x"),
         ({"model.trustRemoteCode": True}, "spec.model.trustRemoteCode: code of models"),
         ({"model.allowPickle": True}, "spec.model.allowPickle: pickle files"),

@@ -482,6 +482,7 @@ class TestLayout:
             "dataset.sources": [{"uri": "file://a.csv"}, {"uri": "configmap://texts/a"}],
             "dataset.validation": {"sources": [{"uri": "pvc://data/v"}]},
             "dataset.test": {"sources": [{"uri": "pvc://data/t"}]},
+            "dataset.review.decisions": [{"uri": "pvc://data/r"}],
             "output.uri": "pvc://out/o",
             "resources.nodes": 2,
             "workspace.claimName": "team",
@@ -496,6 +497,7 @@ class TestLayout:
             "spec.dataset.sources[1].uri",
             "spec.dataset.validation.sources[0].uri",
             "spec.dataset.test.sources[0].uri",
+            "spec.dataset.review.decisions[0].uri",
             "spec.output.uri",
         ]
 

@@ -248,7 +248,10 @@ SECRETS = {
         "revision": "v1",
         "adapter": {"uri": "pvc://adapters/first", "secretRef": {"name": "adapter-key"}},
     },
-    "dataset": {"sources": [{"uri": "pvc://data/a_b/ü.jsonl", "secretRef": {"name": "aws"}}]},
+    "dataset": {
+        "sources": [{"uri": "pvc://data/a_b/ü.jsonl", "secretRef": {"name": "aws"}}],
+        "review": {"decisions": [{"uri": "pvc://people/reviewed.jsonl", "secretRef": {"name": "people"}}]},
+    },
     "output": {"uri": "pvc://results/run", "secretRef": {"name": "push"}},
 }
 
@@ -257,6 +260,10 @@ def test_each_stage_is_told_only_where_its_own_things_are():
     prepare, train, publish = (make_plan(stage, prepared=True, **SECRETS) for stage in Stage)
     assert prepare.model.location.secret_dir == "/secrets/hub"
     assert prepare.dataset.sources[0].location.path == "/sources/pvc/data/a_b/ü.jsonl"
+    decisions = prepare.dataset.review.decisions[0]
+    assert decisions.field == "dataset.review.decisions[0]"
+    assert decisions.location.path == "/sources/pvc/people/reviewed.jsonl"
+    assert decisions.location.secret_dir == "/secrets/people"
     assert prepare.model.adapter.path == "/sources/pvc/adapters/first"
     assert prepare.model.adapter.secret_dir == "/secrets/adapter-key"
     assert train.model.adapter == publish.model.adapter == Location(uri="pvc://adapters/first")

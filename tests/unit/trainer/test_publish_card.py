@@ -9,7 +9,7 @@ import torch
 import yaml
 from finetune_api.constants import Stage
 from finetune_api.plan import JobReference
-from finetune_api.report import ConflictReport, LabellingReport
+from finetune_api.report import ConflictReport, DecisionReport, LabellingReport, ReviewReport
 from finetune_api.status import GateResult
 from finetune_trainer.publish.card import model_card, software_versions
 from finetune_trainer.publish.run import run
@@ -30,9 +30,9 @@ from tests.unit.trainer.trained_workspace import (
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
 
 
-def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, **changes) -> str:
+def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, review=None, **changes) -> str:
     plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
-    data = data_report(labels).model_copy(update={"labelling": labelling})
+    data = data_report(labels).model_copy(update={"labelling": labelling, "review": review})
     assert data.model is not None
     evaluation = scores or evaluation_report(labels)
     return model_card(plan, data, evaluation, model=data.model, best_step=20, dtype=dtype, versions=VERSIONS)
@@ -84,6 +84,13 @@ class TestContent:
         assert "1,234 rows have a text that stands there with another label, too." in text
         sound = LabellingReport(conflicts=ConflictReport(groups=0, rows=0, held_out_rows=0, rows_dropped=0))
         assert card(labelling=sound) == card()
+
+    def test_says_what_became_of_wrong_labels(self):
+        found = ReviewReport(judged_rows=9000, suspicious_rows=1234, exported_rows=1000)
+        assert "label is probably wrong: 1,234; they count like others." in card(review=found)
+        decisions = DecisionReport(files={}, corrected=1500, confirmed=3, dropped=2, held_out=0, unknown=0, undecided=0)
+        text = card(review=found.model_copy(update={"suspect_weight": 0.25, "decisions": decisions}))
+        assert "they count 0.25 in the loss. People corrected 1,500 labels and dropped 2 rows." in text
 
     def test_says_which_weights_were_trained(self):
         head_first = {"epochs": 0.5, "learning_rate": 0.001}

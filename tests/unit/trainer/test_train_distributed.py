@@ -31,7 +31,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.models import save_tiny_gpt2
-from tests.unit.trainer.training_workspace import GENERATION, make_training, untie, write_data
+from tests.unit.trainer.training_workspace import (
+    CLASSIFICATION_ROWS,
+    GENERATION,
+    make_training,
+    untie,
+    weigh,
+    write_data,
+)
 
 STEPS = 48
 TRAINING = {
@@ -264,6 +271,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head first, then all": {**FULL, "head_first": {"steps": 5, "learning_rate": 0.01}},
     "head first, then LoRA": {"head_first": {"steps": 5, "learning_rate": 0.01}},
     "Head": {"method": "Head", "lora": None},
+    "Full with weights": FULL,
     "DoRA in bf16": {"lora": {"variant": "DoRA"}, "training": {"precision": "bf16"}},
     "LoRA in one micro-batch": {**GENERATION, "training": {"micro_batch_tokens": 10_000}},
     "LoRA, and one process runs out of memory": {
@@ -293,6 +301,9 @@ def test_every_method_learns_in_two_processes_what_it_learns_in_one(tmp_path: Pa
         if "its own" in kind:
             for folder in folders:
                 untie(Workspace(folder))
+        if "weights" in kind:
+            for folder in folders:
+                weigh(Workspace(folder), [(1.0, 0.3, 0.0)[row % 3] for row in range(CLASSIFICATION_ROWS["train"])])
     paths = [tmp_path / f"{number}{'-short' if 'memory' in kind else ''}.json" for number, kind in enumerate(KINDS)]
     for path, (_, two) in zip(paths, plans, strict=True):
         path.write_text(two.to_json())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,7 +12,14 @@ import numpy as np
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.spec import Task
-from finetune_trainer.data.store import DataManifest, SplitManifest, TokenizedRow, write_manifest, write_split
+from finetune_trainer.data.store import (
+    DataManifest,
+    SplitManifest,
+    TokenizedRow,
+    open_split,
+    write_manifest,
+    write_split,
+)
 from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.workspace import Workspace
 from safetensors.torch import load_file, save_file
@@ -50,6 +58,17 @@ def untie(workspace: Workspace) -> None:
     path = workspace.model / "model.safetensors"
     weights = load_file(path)
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+
+
+def weigh(workspace: Workspace, weights: Sequence[float], spoil: bool = False) -> None:
+    """Gives the training rows of a classification weights; `spoil`: and those that weigh nothing another label."""
+    rows = open_split(workspace.data, "train")
+    labels = [(rows.label(n) + (spoil and weight == 0)) % len(LABELS) for n, weight in enumerate(weights)]
+    found = [
+        TokenizedRow(rows.input_ids(n).tolist(), label=label, weight=weight)
+        for n, (label, weight) in enumerate(zip(labels, weights, strict=True))
+    ]
+    write_split(workspace.data / "train", found, Task.CLASSIFICATION, weighted=True)
 
 
 def write_data(

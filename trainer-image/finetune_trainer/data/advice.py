@@ -89,6 +89,10 @@ def warnings_of(report: DataReport, invalid: int, max_rejected: float) -> list[D
     if found is not None and found.rows and found.action == PersonalDataAction.KEEP:
         message = f"rows in which personal data stays: {found.rows:,}"
         advice.warn(Remark.PERSONAL_DATA_KEPT, message, "dataset.personalData.action", found.rows)
+    doubtful = summary.suspicious_rows
+    if doubtful:
+        message = f"training rows whose label is probably wrong: {doubtful:,}; look at review.jsonl"
+        advice.warn(Remark.LABELS_DOUBTFUL, message, "dataset.review", doubtful)
     return advice.findings
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import finetune_api
 from finetune_api.plan import Plan
-from finetune_api.report import DATA_REPORT, QUARANTINE, DataReport
+from finetune_api.report import DATA_REPORT, QUARANTINE, REVIEW, DataReport
 from pydantic import ValidationError
 
 from finetune_trainer.data.personal_data.protect import read_key
@@ -36,9 +36,15 @@ logger = logging.getLogger(__name__)
 KEPT_ENTRIES = 16
 """The least recently used go."""
 
-REPORTS = (DATA_REPORT, QUARANTINE)
+REPORTS = (DATA_REPORT, QUARANTINE, REVIEW)
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*chat_template*", "*.model", "*.tiktoken", "*.jinja")
-PLACES: Any = {"sources": True, "validation": {"sources"}, "test": {"sources"}, "personal_data": {"key_dir"}}
+PLACES: Any = {
+    "review": {"decisions"},
+    "sources": True,
+    "validation": {"sources"},
+    "test": {"sources"},
+    "personal_data": {"key_dir"},
+}
 """Of the dataset's settings: where things are, not what they are."""
 
 LIBRARIES = ("ftfy", "google-re2", "phonenumbers", "pycld2", "python-stdnum", "tokenizers", "transformers")
@@ -50,8 +56,13 @@ class Found(NamedTuple):
     report: DataReport
 
 
-def hash_sources(plan: Plan, sources: Sequence[OpenedSource], hashes: dict[SourceFile, str]) -> str:
-    """Of all that decides which rows there are and what they say: files, settings, and the code that reads them."""
+def hash_sources(
+    plan: Plan, sources: Sequence[OpenedSource], hashes: dict[SourceFile, str], decisions: dict[SourceFile, str]
+) -> str:
+    """Of all that decides which rows there are and what they say: files, settings, and the code that reads them.
+
+    hashes, decisions: of the files of the sources, and of those of dataset.review.decisions.
+    """
     dataset = plan.dataset
     secret = read_key(dataset.personal_data) if dataset.personal_data else None
     settings = dataset.model_dump(mode="json", exclude=PLACES)
@@ -60,6 +71,7 @@ def hash_sources(plan: Plan, sources: Sequence[OpenedSource], hashes: dict[Sourc
         for opened in sources
         for file in opened.files
     ]
+    files += [[file.field, file.uri, digest] for file, digest in decisions.items()]
     parts = [plan.task.value, plan.dpo is not None, plan.training.max_length, settings, files, _hash_code()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16, key=secret[:64] if secret else b"").hexdigest()
 

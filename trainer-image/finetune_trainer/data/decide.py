@@ -14,8 +14,11 @@ from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.split import TRAIN, group_rows, leave_out_held_out, place_rows
 
 
-def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> None:
-    """Sets verdicts and splits in the ledger; rows that are left out go into `quarantine`, counts into `survey`."""
+def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> npt.NDArray[np.int64]:
+    """Sets verdicts and splits in the ledger; rows that are left out go into `quarantine`, counts into `survey`.
+
+    Returns the groups: for each row the number of one that stands for all with the same input, or a similar one.
+    """
     ledger = rows.ledger
     inputs = group_rows(ledger.input_keys)
     duplicates = find_duplicates(ledger, inputs, rows.signatures) if dataset.duplicates else None
@@ -30,6 +33,7 @@ def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Sur
     for file, rejection in rows.left_out():
         quarantine.add(file, rejection, invalid=False)
     survey.count(ledger)
+    return groups
 
 
 def _leave_out_duplicates(ledger: Ledger, duplicates: Duplicates, dataset: PlanDataset) -> DuplicateReport:

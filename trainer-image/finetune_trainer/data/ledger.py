@@ -1,6 +1,6 @@
 """What is decided about rows without their texts: a few numbers for each, whatever its length.
 
-30 bytes a row are all of it that memory holds.
+31 bytes a row are all of it that memory holds.
 """
 
 from array import array
@@ -39,7 +39,8 @@ class Ledger:
     """One entry per sound row, in the order of the sources (held-out ones first).
 
     After `close`: `origins`, `splits` uint8 (places in SPLITS), `verdicts` uint8, `lines`, `input_keys`, `whole_keys`
-    uint64, `labels` int16 (places in `label_names`, or NO_LABEL), `weak` bool (labelled by rules), each [rows].
+    uint64, `labels` int16 (places in `label_names`, or NO_LABEL), `weak` bool (labelled by rules), `suspicious` bool
+    (the label is probably wrong), each [rows].
     """
 
     def __init__(self) -> None:
@@ -76,6 +77,7 @@ class Ledger:
         self.labels: npt.NDArray[np.int16] = np.frombuffer(self._labels, np.int16)
         self.weak: npt.NDArray[np.bool_] = np.frombuffer(self._weak, np.bool_)
         self.splits: npt.NDArray[np.uint8] = self.origins.copy()
+        self.suspicious: npt.NDArray[np.bool_] = np.zeros(len(self.origins), np.bool_)
         self.verdicts: npt.NDArray[np.uint8] = np.zeros(len(self.origins), np.uint8)
 
     def __len__(self) -> int:

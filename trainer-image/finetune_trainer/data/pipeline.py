@@ -22,6 +22,7 @@ from finetune_trainer.data.ledger import REASONS, Ledger, Verdict
 from finetune_trainer.data.pool import process_count, work_batches
 from finetune_trainer.data.quarantine import Quarantine
 from finetune_trainer.data.read import RawRow, Rejection, first_with_rows, read_rows
+from finetune_trainer.data.review.decisions import Decisions
 from finetune_trainer.data.split import SPLITS, Split
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, Log
@@ -60,6 +61,7 @@ class PlacedRow:
     line: int
     split: Split
     example: Example
+    suspicious: bool = False
 
 
 @dataclass
@@ -132,7 +134,8 @@ class Rows:
             file = self.files[chunk.file][1]
             for number, example in enumerate(chunk.examples, start=chunk.start):
                 if kept[number]:
-                    yield PlacedRow(file, int(ledger.lines[number]), SPLITS[ledger.splits[number]], example)
+                    split, suspicious = SPLITS[ledger.splits[number]], bool(ledger.suspicious[number])
+                    yield PlacedRow(file, int(ledger.lines[number]), split, example, suspicious)
 
     def left_out(self) -> Iterator[tuple[SourceFile, Rejection]]:
         """Those that are not, and why."""
@@ -151,12 +154,13 @@ def read_all(
     survey: Survey,
     watch: Watch,
     *,
+    decisions: Decisions | None = None,
     processes: int | None = None,
     most: int | None = None,
 ) -> None:
     """Reads every row once and works on it: sound ones into `rows`, the others into `quarantine`; counts into `survey`.
 
-    processes: left out, as many as this process may use CPUs and the data is worth.
+    decisions: of people on rows. processes: left out, as many as this process may use CPUs and the data is worth.
     most: rows of each source, as many of each of its files, from their beginnings; left out, all.
 
     Raises UserError (DataInvalid), StageError if a process was killed, Interrupted.
@@ -166,7 +170,7 @@ def read_all(
         processes = process_count(sum(sizes)) if most is None else 1
     batches = _batches(rows, rule_columns(dataset), watch, survey, most)
     try:
-        for batch in work_batches(batches, dataset, processes):
+        for batch in work_batches(batches, dataset, processes, decisions):
             opened, file = rows.files[batch.file]
             watch.advance(sum(sizes[: batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read

@@ -13,6 +13,7 @@ from multiprocessing.connection import wait
 from finetune_api.constants import Reason
 from finetune_api.plan import PlanDataset
 
+from finetune_trainer.data.review.decisions import Decisions
 from finetune_trainer.data.work import Batch, BatchWorker, WorkedBatch
 from finetune_trainer.environment import cpu_limit
 from finetune_trainer.errors import StageError, UserError
@@ -30,17 +31,19 @@ def process_count(total_bytes: int) -> int:
     return max(1, min(cpus, total_bytes // BYTES_PER_PROCESS))
 
 
-def work_batches(batches: Iterator[Batch], dataset: PlanDataset, processes: int = 1) -> Iterator[WorkedBatch]:
+def work_batches(
+    batches: Iterator[Batch], dataset: PlanDataset, processes: int = 1, decisions: Decisions | None = None
+) -> Iterator[WorkedBatch]:
     """The batches, worked on, in their order. Ends with the UserError that `batches` ends with, if it does.
 
     Raises UserError for settings that cannot be met, StageError if a process is killed.
     """
-    worker = BatchWorker(dataset)
+    worker = BatchWorker(dataset, decisions)
     if processes == 1:
         yield from map(worker.work, batches)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads as they are
-    pool = ProcessPoolExecutor(processes, context, _start, (dataset,))
+    pool = ProcessPoolExecutor(processes, context, _start, (dataset, decisions))
     try:
         yield from _in_order(pool, batches, processes * AHEAD)
     except BrokenProcessPool:
@@ -67,12 +70,12 @@ def _in_order(pool: ProcessPoolExecutor, batches: Iterator[Batch], ahead: int) -
         raise failure
 
 
-def _start(dataset: PlanDataset) -> None:
+def _start(dataset: PlanDataset, decisions: Decisions | None = None) -> None:
     """In a new process: it ends with its parent, which alone is told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _workers.append(BatchWorker(dataset))
+    _workers.append(BatchWorker(dataset, decisions))
 
 
 def _end_with_parent() -> None:

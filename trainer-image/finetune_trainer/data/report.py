@@ -16,6 +16,7 @@ from finetune_api.report import (
     LabellingReport,
     LengthHistogram,
     LengthReport,
+    ReviewReport,
     SourceReport,
     TokenizationReport,
 )
@@ -86,9 +87,12 @@ class Findings:
     max_length: int
     sources: list[OpenedSource] = field(default_factory=list)
     hashes: dict[SourceFile, str] = field(default_factory=dict)
+    decisions: dict[SourceFile, str] = field(default_factory=dict)
+    """The files of dataset.review.decisions with their hashes."""
     files: dict[SourceFile, FileFacts] = field(default_factory=dict)
     survey: Survey = field(default_factory=Survey)
     labels: list[str] | None = None
+    review: ReviewReport | None = None
     model: ModelStatus | None = None
     lengths: Lengths = field(default_factory=Lengths)
     cut_lengths: Lengths = field(default_factory=Lengths)
@@ -121,6 +125,7 @@ class Findings:
             duplicates=self.survey.duplicates,
             labels=_label_table(self.survey.labels, self.labels) if self.labels else None,
             labelling=self._labelling(),
+            review=self.review,
             lengths=self.lengths.report(),
             tokenization=self.tokenization,
         )
@@ -159,6 +164,7 @@ class Findings:
             duplicate_rows=_duplicate_rows(self.survey.duplicates),
             weak_rows=self.survey.weak.total() if self.survey.log.labelling.rules.rows else None,
             conflicting_rows=self.survey.conflicts.rows if self.survey.conflicts else None,
+            suspicious_rows=self.review.suspicious_rows if self.review else None,
             personal_data=personal_data.found if personal_data else None,
             fingerprint=self.manifest.fingerprint if self.manifest else "",
         )

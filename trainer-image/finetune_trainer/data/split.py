@@ -49,9 +49,18 @@ def whole_key(example: Example) -> int:
     return _key([*texts, example.label] if isinstance(example, LabelledText) else texts)
 
 
+def row_hash(text: str) -> bytes:
+    """128 bits that stand for a text, whatever its white space; the first half of them is its `input_key`."""
+    return _hash([text])
+
+
 def _key(texts: list[str]) -> int:
+    return int.from_bytes(_hash(texts)[:KEY_BYTES])
+
+
+def _hash(texts: list[str]) -> bytes:
     content = SEPARATOR.join([" ".join(text.split()) for text in texts])
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=16).digest()[:KEY_BYTES])
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
 def group_rows(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Examples on disk between the pass that reads them and the one that tokenizes them, in their order."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -46,10 +46,21 @@ class Spool:
             self._rows += rows
 
     def chunks(self) -> Iterator[Chunk]:
-        for place in self._places:
-            self._file.seek(place.offset)
-            packed = Packed(self._file.read(place.length), place.size)
-            yield Chunk(place.file, place.start, packed.unpack())
+        return map(self._read, self._places)
+
+    def pick(self, rows: Sequence[int]) -> Iterator[tuple[int, int, Example]]:
+        """(Number, file, example) of some rows, by their ascending numbers. Others are unpacked only beside them."""
+        at, chunk = -1, Chunk(0, 0, [])
+        for row in rows:
+            place = bisect_right(self._places, row, key=lambda place: place.start) - 1
+            if place != at:
+                at, chunk = place, self._read(self._places[place])
+            yield row, chunk.file, chunk.examples[row - chunk.start]
+
+    def _read(self, place: _Place) -> Chunk:
+        self._file.seek(place.offset)
+        packed = Packed(self._file.read(place.length), place.size)
+        return Chunk(place.file, place.start, packed.unpack())
 
     def file_of(self, row: int) -> int:
         """The file of a row, by its number among all."""

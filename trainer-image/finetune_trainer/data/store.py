@@ -4,7 +4,8 @@
     data/<split>/00000.arrow ...
 
 One file holds about `ROWS_PER_SHARD` rows in record batches of `ROWS_PER_BATCH`, or fewer if they are long. A
-preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs.
+preference pair is two rows here, the better answer and then the worse one; the manifest counts pairs. A split has
+weights only if some of its rows count less than others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ TOKENS_PER_BATCH = 1 << 20
 _INPUT_IDS = pa.field("input_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False)
 _LOSS_MASK = pa.field("loss_mask", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False)
 _LABEL = pa.field("label", pa.int32(), nullable=False)
+_WEIGHT = pa.field("weight", pa.float32(), nullable=False)
 SCHEMAS = {
     Task.CLASSIFICATION: pa.schema([_INPUT_IDS, _LABEL]),
     Task.GENERATION: pa.schema([_INPUT_IDS, _LOSS_MASK]),
@@ -62,6 +64,8 @@ class TokenizedRow(NamedTuple):
     loss_mask: Sequence[bool] | npt.NDArray[np.bool_] | None = None
     label: int | None = None
     truncated: bool = False
+    weight: float = 1.0
+    """How much its loss counts in training (Classification)."""
     rejected: "TokenizedRow | None" = None
     """The worse answer of a preference pair, whose better one this is."""
 
@@ -72,12 +76,17 @@ class TokenizedRow(NamedTuple):
 
 
 class SplitWriter:
-    """Writes rows, one by one, to the shards of a split. Use as a context manager; then read `manifest`."""
+    """Writes rows, one by one, to the shards of a split. Use as a context manager; then read `manifest`.
 
-    def __init__(self, folder: Path, task: Task, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+    weighted: whether some rows count less than others.
+    """
+
+    def __init__(
+        self, folder: Path, task: Task, rows_per_shard: int = ROWS_PER_SHARD, *, weighted: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._schema = SCHEMAS[task]
+        self._schema = SCHEMAS[task].append(_WEIGHT) if weighted else SCHEMAS[task]
         self._rows_per_shard = rows_per_shard
         self._buffer: list[TokenizedRow] = []
         self._writer: Any = None
@@ -150,10 +159,15 @@ class SplitWriter:
 
 
 def write_split(
-    folder: Path, rows: Iterable[TokenizedRow], task: Task, rows_per_shard: int = ROWS_PER_SHARD
+    folder: Path,
+    rows: Iterable[TokenizedRow],
+    task: Task,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    *,
+    weighted: bool = False,
 ) -> SplitManifest:
     """Writes all rows to `folder` (data/<split>) and returns their counts."""
-    with SplitWriter(folder, task, rows_per_shard) as writer:
+    with SplitWriter(folder, task, rows_per_shard, weighted=weighted) as writer:
         for row in rows:
             writer.write(row)
     return writer.manifest
@@ -166,6 +180,7 @@ class _Batch(NamedTuple):
     input_ids: npt.NDArray[np.int32]
     loss_mask: Any  # pyarrow BooleanArray: bit-packed, so numpy cannot view it
     labels: npt.NDArray[np.int32] | None
+    weights: npt.NDArray[np.float32] | None
 
 
 class Rows:
@@ -181,6 +196,9 @@ class Rows:
         """Tokens per row, int32 [rows]."""
         self.padded_lengths: npt.NDArray[np.int32] = documents.max(axis=1, initial=0) * np.int32(self._per_row)
         """Tokens per row if its documents are padded to the same length, int32 [rows]."""
+        weights = [batch.weights for batch in batches if batch.weights is not None]
+        self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
+        """How much the loss of each row counts, float32 [rows]; None: all the same (Classification)."""
         self.reference: npt.NDArray[np.float32] | None = None
         """What the start model thinks of each pair, see `train.preference`: [rows, 2]."""
         self.features: npt.NDArray[np.float32] | None = None
@@ -228,6 +246,7 @@ def _map_batch(batch: Any) -> _Batch:
         input_ids=ids.values.to_numpy(),
         loss_mask=batch.column("loss_mask").values if "loss_mask" in names else None,
         labels=batch.column("label").to_numpy() if "label" in names else None,
+        weights=batch.column("weight").to_numpy() if "weight" in names else None,
     )
 
 

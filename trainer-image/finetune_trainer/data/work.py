@@ -1,4 +1,4 @@
-"""What is done to each row by itself, batch by batch, in any process: convert, clean, label, protect, and key it.
+"""What is done to each row by itself, batch by batch, in any process: convert, clean, label, protect, review, key it.
 
 Nothing here needs to know another row, so batches can be worked on at the same time. No torch, no transformers:
 a process that works on batches should start fast and stay small.
@@ -21,6 +21,7 @@ from finetune_trainer.data.examples import UNLABELLED, Example, LabelledText
 from finetune_trainer.data.labelling import Labeller, LabellingLog, optional_fields
 from finetune_trainer.data.personal_data.protect import PersonalDataLog, Protector
 from finetune_trainer.data.read import RawRow, Rejection
+from finetune_trainer.data.review.decisions import Decisions, Reviewer, ReviewLog
 from finetune_trainer.data.split import input_key, whole_key
 
 CODEC = pa.Codec("zstd", compression_level=1)
@@ -58,11 +59,13 @@ class Log:
     cleaning: CleaningLog = field(default_factory=CleaningLog)
     personal_data: PersonalDataLog = field(default_factory=PersonalDataLog)
     labelling: LabellingLog = field(default_factory=LabellingLog)
+    review: ReviewLog = field(default_factory=ReviewLog)
 
     def merge(self, other: "Log") -> None:
         self.cleaning.merge(other.cleaning)
         self.personal_data.merge(other.personal_data)
         self.labelling.merge(other.labelling)
+        self.review.merge(other.review)
 
 
 class RejectedRow(NamedTuple):
@@ -96,13 +99,14 @@ class WorkedBatch:
 class BatchWorker:
     """Works on batches by the dataset's settings. Raises UserError (DataInvalid) for settings that cannot be met."""
 
-    def __init__(self, dataset: PlanDataset) -> None:
+    def __init__(self, dataset: PlanDataset, decisions: Decisions | None = None) -> None:
         self._cleaner = Cleaner(dataset.clean) if dataset.clean else None
         self._protector = Protector(dataset.personal_data) if dataset.personal_data else None
         self._action = dataset.personal_data.settings.action if dataset.personal_data else None
         self._labeller = Labeller(dataset)
         self._similarity = dataset.duplicates.similarity if dataset.duplicates else None
         self._optional = optional_fields(dataset)
+        self._reviewer = Reviewer(decisions or {})
 
     def new_log(self) -> Log:
         return Log(
@@ -125,12 +129,14 @@ class BatchWorker:
             if isinstance(result, Rejection):
                 rejected.append(RejectedRow(result))
                 continue
-            changed = self._change(result, row.values, log)
+            changed, decided = self._change(result, row.values, log), False
+            if isinstance(changed, LabelledText):
+                changed, decided = self._reviewer.review(changed, log.review)
             if isinstance(changed, Unwanted):
                 rejected.append(RejectedRow(Rejection(row.line, changed.reason, changed.detail), changed.invalid))
             else:
                 lines.append(row.line)
-                weak.append(isinstance(result, LabelledText) and result.label == UNLABELLED)
+                weak.append(isinstance(result, LabelledText) and result.label == UNLABELLED and not decided)
                 examples.append(changed)
         return WorkedBatch(
             file=batch.file,

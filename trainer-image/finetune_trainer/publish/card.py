@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from finetune_api.plan import Plan, PlanDevice, PlanEarlyStopping, PlanHeadFirst
-from finetune_api.report import DataReport, Evaluation, EvaluationReport, LabellingReport
+from finetune_api.report import DataReport, Evaluation, EvaluationReport, LabellingReport, ReviewReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
 from huggingface_hub import ModelCardData
@@ -185,6 +185,8 @@ def _data(data: DataReport) -> list[str]:
         parts.append(_table(("Label", *data.labels), rows))
     if data.labelling:
         parts.extend(_labelling(data.labelling))
+    if data.review:
+        parts.append(_review(data.review))
     if data.rejections:
         parts.append(_table(("Rejected because", "Rows"), sorted(data.rejections.items())))
     return parts
@@ -198,6 +200,14 @@ def _labelling(labelling: LabellingReport) -> list[str]:
         *([f"Rows whose label was given by rules and not by people: {weak}."] if weak else []),
         *([f"{odd:,} rows have a text that stands there with another label, too."] if odd else []),
     ]
+
+
+def _review(review: ReviewReport) -> str:
+    weight = 1.0 if review.suspect_weight is None else review.suspect_weight
+    counted = f"count {weight:g} in the loss" if weight < 1 else "count like others"
+    decided = review.decisions
+    people = f" People corrected {decided.corrected:,} labels and dropped {decided.dropped:,} rows." if decided else ""
+    return f"Training rows whose label is probably wrong: {review.suspicious_rows:,}; they {counted}.{people}"
 
 
 def _settings(plan: Plan, data: DataReport, best_step: int) -> list[tuple[str, Any]]:

@@ -80,7 +80,8 @@ class RunState(Document):
     evaluation_loss: float | None = None
     loss_sum: float = 0.0
     """Of the targets since the last evaluation."""
-    loss_targets: int = 0
+    loss_targets: int | float = 0
+    """Their number, or the sum of their weights."""
     tokens: int = 0
     rows: int = 0
     seconds: float = 0.0

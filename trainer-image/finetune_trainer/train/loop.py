@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         bad = ~torch.isfinite(loss + norm) & (self._bad_step < 0)
         self._bad_step = torch.where(bad, step + 1, self._bad_step)
-        self._count(loss, *counts)
+        self._count(loss, counts)
         if self.reporter.due() or step + 1 == self.batches.total_steps:
             self._report()
 
@@ -138,8 +138,8 @@ class Loop:
             first = self.head_steps
         return learning_rate(step - first, last - first, peak, training.warmup_ratio, training.schedule)
 
-    def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, list[int]]:
-        """The gradients of a step, the sum of its losses, and its numbers of losses, tokens and rows.
+    def _accumulate(self, step: int, only: list[torch.nn.Parameter] | None) -> tuple[torch.Tensor, "Counts"]:
+        """The gradients of a step, the sum of its losses as they count, and what it is made of.
 
         If the GPU has too little memory, in smaller micro-batches: the sum is the same.
         """
@@ -148,13 +148,9 @@ class Loop:
             groups = self.batching.cut(self.train, rows)
             share = self.world.share([int(self.train.lengths[group].sum()) for group in groups])
             micro = [self.batching.read(self.train, groups[number]) for number in share.numbers]
-            counts = self.world.total(
-                sum(batch.loss_count for batch in micro),
-                sum(batch.tokens for batch in micro),
-                sum(len(batch.rows) for batch in micro),
-            )
+            counts = self._total(micro)
             idle = [self.batching.read(self.train, rows[:1])] * (share.idle if self.world.is_sharded else 0)
-            part = Part(share.numbers, counts[0], idle)
+            part = Part(share.numbers, counts.weight, idle)
             # sharded weights are no leaves of the graph: there `sum_gradients` drops the gradients of the others
             leaves = None if self.world.is_sharded else only
             try:
@@ -177,7 +173,18 @@ class Loop:
                 step + 1, self.batching.micro_batch_tokens,
             )  # fmt: skip
 
-    def _count(self, loss: torch.Tensor, targets: int, tokens: int, rows: int) -> None:
+    def _total(self, micro: list[MicroBatch]) -> "Counts":
+        """Over all processes."""
+        losses, tokens, rows = self.world.total(
+            sum(batch.loss_count for batch in micro),
+            sum(batch.tokens for batch in micro),
+            sum(len(batch.rows) for batch in micro),
+        )
+        if self.train.weights is None:
+            return Counts(losses, tokens, rows)
+        return Counts(math.fsum(self.world.gather(math.fsum(batch.loss_weight for batch in micro))), tokens, rows)
+
+    def _count(self, loss: torch.Tensor, counts: "Counts") -> None:
         now = time.monotonic()
         # from step to step: what an accelerator is still busy with counts where it is waited for
         seconds, self._step_ended = now - self._step_ended, now
@@ -185,17 +192,17 @@ class Loop:
         self._loss_since_evaluation += loss
         interval = self._interval
         interval.loss += loss
-        interval.targets += targets
-        interval.tokens += tokens
-        interval.rows += rows
+        interval.targets += counts.weight
+        interval.tokens += counts.tokens
+        interval.rows += counts.rows
         interval.seconds += seconds
         state = self.state
         self.state = state.model_copy(
             update={
                 "step": state.step + 1,
-                "loss_targets": state.loss_targets + targets,
-                "tokens": state.tokens + tokens,
-                "rows": state.rows + rows,
+                "loss_targets": state.loss_targets + counts.weight,
+                "tokens": state.tokens + counts.tokens,
+                "rows": state.rows + counts.rows,
                 "seconds": state.seconds + seconds,
             }
         )
@@ -304,14 +311,24 @@ class Loop:
         return Interval(self._zero())
 
 
+class Counts(NamedTuple):
+    """What an optimizer step is made of. `weight`: what the sum of its losses is divided by, their number or the sum
+    of their weights.
+    """
+
+    weight: float
+    tokens: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Part:
     """What one of several processes does of an optimizer step."""
 
     numbers: Sequence[int]
     """The places of its micro-batches among all of the step."""
-    count: int
-    """Losses of the whole step."""
+    weight: float
+    """Of the losses of the whole step, see Counts."""
     idle: Sequence[MicroBatch] = ()
     """For passes that count for nothing: the others, who still have work, need this process's part of the weights."""
 
@@ -326,22 +343,23 @@ def accumulate_gradients(
     only: list[torch.nn.Parameter] | None = None,
     part: Part | None = None,
 ) -> torch.Tensor:
-    """Adds the gradients of the mean loss over all micro-batches; returns the sum of the losses.
+    """Adds the gradients of the weighted mean loss over all micro-batches; returns the sum of the losses as they count.
 
     The mean is over the whole optimizer step, so it does not matter how the step was cut. Dropout of micro-batch
     i is drawn from (seed, i). `beat` is called before each, and may raise to stop. With `only`, no other weights get
     gradients. `part` says which part of the step these micro-batches are, if they are not all of it. The result is a
     float64 scalar on the device: nothing waits for it here.
     """
-    part = part or Part(range(len(micro)), sum(batch.loss_count for batch in micro))
-    count = max(1, part.count)
+    part = part or Part(range(len(micro)), sum(batch.loss_weight for batch in micro))
+    weight = part.weight or 1  # where nothing counts, nothing is learned
     total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
     for number, batch in zip(part.numbers, micro, strict=True):
         beat()
         torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         with device.autocast():
-            loss = objective.losses(batch.to(device.torch_device)).sum()
-        (loss / count).backward(inputs=only)  # type: ignore[no-untyped-call]
+            there = batch.to(device.torch_device)
+            loss = there.weigh(objective.losses(there)).sum()
+        (loss / weight).backward(inputs=only)  # type: ignore[no-untyped-call]
         total += loss.detach()
     for batch in part.idle:
         with device.autocast():

@@ -109,11 +109,22 @@ class MicroBatch:
     """How many of the targets each document has (Generation)."""
     reference: torch.Tensor | None = None
     """Of preference pairs, `Rows.reference`: fp32 [rows, 2]. There is then one loss per pair."""
+    weights: torch.Tensor | None = None
+    """How much each loss counts in training, fp32 [rows] (Classification); None: all the same."""
 
     @property
     def loss_count(self) -> int:
         """How many losses it has: one per target, or per pair."""
         return len(self.targets if self.reference is None else self.rows)
+
+    @property
+    def loss_weight(self) -> float:
+        """What the mean of its losses is divided by: their number, or the sum of their weights. On the CPU only."""
+        return self.loss_count if self.weights is None else float(self.weights.double().sum())
+
+    def weigh(self, losses: torch.Tensor) -> torch.Tensor:
+        """The losses [loss_count] as they count in training."""
+        return losses if self.weights is None else losses * self.weights
 
     def lengthen(self, pad_token_id: int) -> "MicroBatch":
         """The packed sequence with padding up to the next `bucket`: one more document, without targets."""
@@ -140,6 +151,7 @@ class MicroBatch:
             attention_mask=self.attention_mask if self.attention_mask is None else _move(self.attention_mask, device),
             positions=self.positions if self.positions is None else _move(self.positions, device),
             features=self.features if self.features is None else _move(self.features, device),
+            weights=self.weights if self.weights is None else _move(self.weights, device),
             documents=self.documents and replace(self.documents, device=device),
             position_ids=self.position_ids if self.position_ids is None else _move(self.position_ids, device),
         )
@@ -186,6 +198,7 @@ class Batching:
                 targets=torch.from_numpy(_labels(data, rows)),
                 tokens=int(data.lengths[rows].sum()),
                 features=torch.from_numpy(data.features[rows]),
+                weights=_weights(data, rows),
             )
         numbers = data.documents(rows).tolist()
         documents = [data.input_ids(number) for number in numbers]
@@ -195,7 +208,8 @@ class Batching:
             reference = None if data.reference is None else torch.from_numpy(data.reference[rows])
             batch = replace(batch, rows=rows, reference=reference)
             return batch.lengthen(self.pad_token_id) if self.in_buckets else batch
-        return replace(padded(documents, _labels(data, rows), self.pad_token_id), rows=rows)
+        batch = padded(documents, _labels(data, rows), self.pad_token_id)
+        return replace(batch, rows=rows, weights=_weights(data, rows))
 
     def own_share(
         self, data: Rows, world: World, on_batch: Callable[[float], None]
@@ -284,6 +298,10 @@ def _pad(
 
 def _labels(data: Rows, rows: Indices) -> npt.NDArray[np.int64]:
     return np.array([data.label(row) for row in rows.tolist()], np.int64)
+
+
+def _weights(data: Rows, rows: Indices) -> torch.Tensor | None:
+    return None if data.weights is None else torch.from_numpy(data.weights[rows])
 
 
 def _mask(inside: npt.NDArray[np.bool_]) -> torch.Tensor | None:

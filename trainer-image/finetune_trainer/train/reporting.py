@@ -53,7 +53,8 @@ class Interval:
     """Sums since the last report; `loss` stays on the device, so that adding to it waits for nothing."""
 
     loss: torch.Tensor
-    targets: int = 0
+    targets: float = 0
+    """What the loss is divided by: the number of losses, or the sum of their weights."""
     tokens: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -101,7 +102,7 @@ class Reporter:
     ) -> None:
         """Reports the steps of `interval`, the last of which was number `step` (from 1)."""
         self._reported = time.monotonic()
-        loss = float(interval.loss) / max(1, interval.targets)
+        loss = float(interval.loss) / (interval.targets or 1)
         seconds = max(interval.seconds, 1e-9)
         speed = {"tokens_per_second": interval.tokens / seconds, "samples_per_second": interval.rows / seconds}
         self._telemetry.update(
