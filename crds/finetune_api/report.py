@@ -189,6 +189,7 @@ class Remark(StrEnum):
 
     ROWS_REJECTED = "RowsRejected"  # no more than dataset.maxRejected allows: look at quarantine.jsonl
     ROWS_TRUNCATED = "RowsTruncated"  # raise training.maxLength, or shorten the rows
+    ANSWERS_NOT_LEARNED = "AnswersNotLearned"  # mark the answers in the chat template with {% generation %}, or give each its own row
     ENCODING_GUESSED = "EncodingGuessed"  # look at some rows, or save the file as UTF-8
     PERSONAL_DATA_KEPT = "PersonalDataKept"  # choose another dataset.personalData.action
     SAMPLE_TOO_SMALL = "SampleTooSmall"  # the sample does not show it: read more rows, or all

@@ -1,17 +1,19 @@
 """What data.json says of tokenizing: words, what is cut and learned, and how full sequences are."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
-from finetune_api.report import DataReport, LengthHistogram
+from finetune_api.report import DataReport, LengthHistogram, Remark
 from finetune_api.spec import Task
 from finetune_trainer.data.report import Lengths
 from finetune_trainer.data.statistics import count_words, measure_packing
 from finetune_trainer.data.store import TokenizedRow, open_split, write_split
+from finetune_trainer.errors import UserError
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
 from hypothesis import given
@@ -118,9 +120,8 @@ def prepare(tmp_path, models):
             tmp_path / "workspace",
             Stage.PREPARE,
             task=task,
-            model={"location": {"uri": "file://model", "path": str(models[task])}},
             dataset={"sources": [source]},
-            **changes,
+            **{"model": {"location": {"uri": "file://model", "path": str(models[task])}}, **changes},
         )
         run(plan, Telemetry(plan.stage, plan.job))
         return plan, DataReport.model_validate_json((tmp_path / "workspace/report/data.json").read_bytes())
@@ -164,6 +165,27 @@ def test_what_a_generation_tells(prepare, models):
     assert told.texts.characters_per_token == pytest.approx(sum(map(len, texts)) / tokens, rel=0.1)
 
 
+def test_answers_that_the_template_rewrites_are_warned_of(prepare, models, tmp_path):
+    """A template that drops thoughts once the conversation goes on."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('=')[-1] if not loop.last else m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    folder = tmp_path / "thinking"
+    shutil.copytree(models[Task.GENERATION], folder)
+    (folder / "chat_template.jinja").write_text(template)
+    turns = [("user", "q"), ("assistant", "so=a"), ("user", "r"), ("assistant", "hm=b")]
+    rows = [
+        {"messages": [{"role": role, "content": f"{n} {text}" if role == "user" else text} for role, text in turns]}
+        for n in range(60)
+    ]
+    _, found = prepare(Task.GENERATION, rows, model={"location": {"uri": "file://model", "path": str(folder)}})
+    train = found.tokenization.splits["train"]
+    assert train.answers_not_learned == train.rows
+    (warning,) = [w for w in found.findings if w.reason is Remark.ANSWERS_NOT_LEARNED]
+    assert warning.message.startswith(f"{train.rows} answers are not learned")
+
+
 def test_the_report_says_which_column_is_which_field(prepare):
     rows = [{"question": f"q {n}", "answers": {"text": ["a"], "answer_start": [0]}, "id": n} for n in range(60)]
     _, found = prepare(Task.GENERATION, rows)
@@ -174,8 +196,6 @@ def test_the_report_says_which_column_is_which_field(prepare):
 
 
 def test_refused_data_has_no_statistics(prepare, tmp_path):
-    from finetune_trainer.errors import UserError
-
     with pytest.raises(UserError):
         prepare(Task.GENERATION, [{"prompt": "a", "completion": ""}])
     assert "tokenization" not in json.loads((tmp_path / "workspace/report/data.json").read_bytes())

@@ -78,6 +78,13 @@ def warnings_of(report: DataReport, invalid: int, max_rejected: float) -> list[D
         cut = f"{summary.truncated_rows:,} of {summary.train_rows:,} training rows"
         message = f"{cut} are cut at {summary.max_length:,} tokens: what is beyond is not learned"
         advice.warn(Remark.ROWS_TRUNCATED, message, "training.maxLength", summary.truncated_rows)
+    train = report.tokenization.splits.get("train") if report.tokenization else None
+    if train and train.answers_not_learned:
+        message = (
+            f"{train.answers_not_learned:,} answers are not learned: the chat template writes them differently once "
+            "other turns follow; give each a row that ends with it, or mark the answers in the template"
+        )
+        advice.warn(Remark.ANSWERS_NOT_LEARNED, message, "dataset.sources")
     found = report.personal_data
     if found is not None and found.rows and found.action == PersonalDataAction.KEEP:
         message = f"rows in which personal data stays: {found.rows:,}"
