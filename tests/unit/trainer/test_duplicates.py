@@ -11,7 +11,7 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.report import DataReport, Quarantined
 from finetune_api.spec import Task
-from finetune_trainer.data.duplicates import search
+from finetune_trainer.data.duplicates import search, signatures
 from finetune_trainer.data.duplicates.search import SignatureFiles, Similar, find_similar, join
 from finetune_trainer.data.duplicates.signatures import NUMBERS, Signed, band_count, rows_per_band, shingles, sign
 from finetune_trainer.data.examples import Conversation, Example, PlainText, Preference, PromptCompletion, Turn
@@ -94,6 +94,26 @@ def test_signatures_are_the_same_on_every_machine():
 )
 def test_case_punctuation_and_space_are_not_compared(one, other):
     assert shingles(PlainText(one)) == shingles(PlainText(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Profit changed by -5 % in May", "Profit changed by 5 % in May"),
+        ("the sum x + y is known", "the sum x - y is known"),
+        ("the value x * y is known", "the value x / y is known"),
+        ("Sort a list in C++ please", "Sort a list in C# please"),
+        ("Über C++ reden wir heute", "Über C# reden wir heute"),
+        ("काम कम हो गया", "किम कम हो गया"),
+    ],
+)
+def test_signs_and_vowel_signs_are_compared(one, other):
+    assert jaccard(PlainText(one), PlainText(other)) < 0.8
+
+
+@given(st.text(st.sampled_from("aB1_ +-*/#%<.,\n"), max_size=40))
+def test_ascii_is_parted_like_other_text(text):
+    assert signatures.ASCII_WORD.findall(text) == signatures.WORD.findall(text)
 
 
 def test_what_the_system_says_is_not_compared():
