@@ -47,7 +47,10 @@ PLACES: Any = {
 }
 """Of the dataset's settings: where things are, not what they are."""
 
-LIBRARIES = ("ftfy", "google-re2", "phonenumbers", "pycld2", "python-stdnum", "tokenizers", "transformers")
+LIBRARIES = (
+    *("ftfy", "google-re2", "phonenumbers", "pycld2", "python-stdnum", "rensa", "scikit-learn", "tokenizers"),
+    "transformers",
+)
 """Whose next version may read, clean or encode a text in another way."""
 
 
