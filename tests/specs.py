@@ -455,8 +455,7 @@ RULES = [
     *(
         Invalid(f"rule for an unknown label: {name}", {"dataset.labels": ["positive", "negative"], "dataset.labelling.rules": [_RULE, rule]},
                 field="spec.dataset.labelling.rules", words="a rule must vote for a label that dataset.labels lists")
-        for name, rule in {"keywords": {**_RULE, "name": "other", "label": "good"},
-                           "table": {"name": "stars", "table": {"5": "positive", "4": "good"}}}.items()
+        for name, rule in {"keywords": {**_RULE, "name": "other", "label": "good"}}.items()
     ),
     Invalid("same rule twice", {"dataset.labelling.rules": [_RULE, _RULE]}, field="spec.dataset.labelling.rules",
             words="every rule needs a name of its own"),

@@ -66,7 +66,8 @@ class Judge:
 @pytest.fixture(scope="module")
 def crd(cluster: None) -> None:
     kit.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    kit.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
+    for wanted in ("jsonpath={.status.conditions}", "condition=Established"):  # kubectl fails while there is no list
+        kit.kubectl("wait", f"--for={wanted}", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
 
 
 @pytest.fixture(scope="module")

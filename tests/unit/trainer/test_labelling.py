@@ -80,6 +80,12 @@ def test_an_unknown_label_is_not_quoted_but_its_like_in_the_spec_is():
     ]
 
 
+def test_a_table_with_a_label_that_is_not_listed_is_refused():
+    stars = {"name": "stars", "table": {"5": "positive", "4": "great"}}
+    with pytest.raises(UserError, match=r"rules\[0\].table: 'great' is a label that dataset.labels does not list"):
+        BatchWorker(dataset(stars))
+
+
 def test_rows_without_a_label_are_invalid_where_no_rule_can_give_one():
     rows = [*with_labels(None, " ", float("nan")), {"text": "profit"}]
     assert labelled(dataset(), *rows) == [

@@ -1,7 +1,7 @@
 """The label of each row, by itself: as it stands there, by its alias, or by the rules of dataset.labelling."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,7 +44,10 @@ class LabellingLog:
 
 
 class Labeller:
-    """dataset.labels and dataset.labelling at work. `label` is a pure function of the row; it counts into a log."""
+    """dataset.labels and dataset.labelling at work. `label` is a pure function of the row; it counts into a log.
+
+    Raises UserError (DataInvalid) for a rule's table with a label that dataset.labels does not list.
+    """
 
     def __init__(self, dataset: PlanDataset) -> None:
         settings = dataset.labelling
@@ -52,6 +55,7 @@ class Labeller:
         self._listed = set(dataset.labels or ())
         self._by_folded = {label.casefold(): label for label in dataset.labels or ()}
         rules = label_rules(dataset)
+        _check_tables(rules, self._listed)
         self._rules = LabelRules(rules) if rules else None
 
     def new_log(self) -> LabellingLog:
@@ -82,6 +86,16 @@ class Labeller:
         """Names labels of the spec only: the row's is text of the dataset."""
         near = self._by_folded.get(label.casefold())
         return f"dataset.labels has '{near}', in another case" if near else "dataset.labels does not list it"
+
+
+def _check_tables(rules: Sequence[LabelRule], listed: Collection[str]) -> None:
+    for number, rule in enumerate(rules):
+        strange = [label for label in (rule.table or {}).values() if listed and label not in listed]
+        if strange:
+            raise UserError(
+                Reason.DATA_INVALID,
+                f"dataset.labelling.rules[{number}].table: '{strange[0]}' is a label that dataset.labels does not list",
+            )
 
 
 def elected(votes: Mapping[int, str]) -> str | Unwanted:
