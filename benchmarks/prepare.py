@@ -66,12 +66,13 @@ def main() -> None:
         write(documents, megabytes=options.memory, median=950, sigma=0.2, seed=options.seed)
         report_memory(documents)
         return
-    juicer = install_juicer()
     write(documents, documents=options.documents, median=options.median, sigma=options.sigma, seed=options.seed)
     sides: dict[str, Callable[[int], Figures]] = {
         OURS: lambda cpus: run(OURS, [sys.executable, HERE / "prepare_ours.py", documents], cpus),
-        JUICER: lambda cpus: run(JUICER, [juicer, HERE / "prepare_juicer.py", documents], cpus, [cpus]),
     }
+    if not options.alone:
+        juicer = install_juicer()
+        sides[JUICER] = lambda cpus: run(JUICER, [juicer, HERE / "prepare_juicer.py", documents], cpus, [cpus])
     runs: dict[tuple[str, int], list[Figures]] = {(side, cpus): [] for side in sides for cpus in CPUS}
     for number in range(options.repeats):
         order = list(runs) if number % 2 == 0 else list(runs)[::-1]
@@ -153,13 +154,15 @@ def tables(setup: str, documents: int, runs: dict[tuple[str, int], list[Figures]
         spread = f"{statistics.median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f}"
         yield f"| {side} | {cpus} | {spread} | {cpu:.0f} | {memory:.0f} |"
     yield "\n| | min | median | max |\n|---|---:|---:|---:|"
-    for cpus in CPUS:
+    sides = list(dict.fromkeys(side for side, _ in runs))
+    for cpus in CPUS if JUICER in sides else ():
         pairs = zip(runs[JUICER, cpus], runs[OURS, cpus], strict=True)
         yield spread_row(f"ours / data-juicer on {cpus}", [theirs.seconds / ours.seconds for theirs, ours in pairs])
-    for side in (OURS, JUICER):
+    for side in sides:
         pairs = zip(runs[side, 1], runs[side, 2], strict=True)
         yield spread_row(f"scaling of {side} from 1 to 2", [one.seconds / two.seconds / 2 for one, two in pairs])
-    yield from same_job(documents, runs[OURS, 1][0].details, runs[JUICER, 1][0].details)
+    if JUICER in sides:
+        yield from same_job(documents, runs[OURS, 1][0].details, runs[JUICER, 1][0].details)
 
 
 def spread_row(name: str, values: list[float]) -> str:
@@ -226,6 +229,7 @@ def read_options() -> argparse.Namespace:
     add("--median", type=int, default=600, help="of their characters (600)")
     add("--sigma", type=float, default=1.1, help="of the logarithm of their lengths (1.1)")
     add("--repeats", type=int, default=3, help="rounds (3)")
+    add("--alone", action="store_true", help="without data-juicer, for inputs that would take it too long")
     add("--memory", type=int, default=0, help="MB of an input of rows of about 1 KB, for ours alone")
     add("--json", type=Path, help="write all figures to this file")
     add("--seed", type=int, default=7)
