@@ -3,6 +3,7 @@
 It is run as `dj-process` runs it, with less around it: no trace, no report of resources, one thing after another.
 """
 
+import importlib
 import json
 import os
 import re
@@ -10,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import ftfy  # noqa: F401  what the operators load late is loaded before the clock starts
-import scipy.integrate  # noqa: F401
-import torch  # noqa: F401
 from data_juicer.config import init_configs
 from data_juicer.core import DefaultExecutor
 from loguru import logger
+
+LOADED_LATE = ("ftfy", "scipy.integrate", "torch")
+"""By the operators; here before the clock starts."""
 
 CARDS = r"(?<![\w.-])(?:\d{4}[ -]?){3}\d{1,7}(?!\w|[.-]\d)|(?<![\w.-])3\d{3}[ -]?\d{6}[ -]?\d{5}(?!\w|[.-]\d)"
 NOT_MASKED = ("paths", "ids", "id_cards", "channel_ids", "platform_open_ids", "macs")
@@ -49,6 +50,8 @@ DONE = re.compile(r"OP \[(\w+)\] Done in ([\d.]+)s\. Left (\d+) samples")
 
 
 def main() -> None:
+    for name in LOADED_LATE:
+        importlib.import_module(name)
     source, folder, processes = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     recipe = {
         "dataset_path": source,

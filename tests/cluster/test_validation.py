@@ -11,7 +11,9 @@ from finetune_api.rules import parse_job
 from kubernetes import client, config
 
 from tests.cluster import kit
-from tests.specs import CLASSIFICATION, INVALID, UNKNOWN_FIELDS, UPDATES, VALID, Invalid, Update, Valid, manifest
+from tests.spec_updates import UPDATES, Update
+from tests.specs import CLASSIFICATION, VALID, Invalid, Valid, manifest
+from tests.specs_against_rules import INVALID, UNKNOWN_FIELDS
 from tests.statuses import full_status
 
 CRD = kit.ROOT / "crds" / "finetunejobs.yaml"

@@ -12,7 +12,8 @@ from finetune_api import crd
 from finetune_api.v1alpha1 import FineTuneJob
 from jsonschema import Draft4Validator
 
-from tests.specs import INVALID, UPDATES
+from tests.spec_updates import UPDATES
+from tests.specs_against_rules import INVALID
 
 ROOT = Path(__file__).parents[3]
 COPIES = [ROOT / "crds" / "finetunejobs.yaml", ROOT / "helm" / "finetune-operator" / "files" / "finetunejobs.yaml"]

@@ -11,7 +11,8 @@ from finetune_api.rules import InvalidManifestError, local_only, parse_job, pars
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.specs import CLASSIFICATION, EVERYTHING, INVALID, UNKNOWN_FIELDS, VALID, Invalid, Valid, manifest
+from tests.specs import CLASSIFICATION, EVERYTHING, VALID, Invalid, Valid, manifest
+from tests.specs_against_rules import INVALID, UNKNOWN_FIELDS
 
 
 def by_name(case: Valid) -> str:

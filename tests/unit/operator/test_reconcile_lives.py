@@ -1,6 +1,8 @@
 """What is promised of a job holds in any order of what may happen to it."""
 
 import copy
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 from finetune_api.constants import Phase, Reason, Stage
@@ -125,10 +127,10 @@ class Life(RuleBasedStateMachine):
             assert self.cluster.status.progress.percentage < 100
 
 
-def _run(coroutine: object) -> None:
+def _run(coroutine: Coroutine[Any, Any, object]) -> None:
     """The fake never waits, so its coroutines end at the first step."""
     with pytest.raises(StopIteration):
-        coroutine.send(None)  # type: ignore[attr-defined]
+        coroutine.send(None)
 
 
 def live(lives: int, moves: int) -> None:

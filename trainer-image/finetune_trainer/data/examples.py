@@ -102,14 +102,20 @@ def map_texts(example: Example, change: Callable[[str], str]) -> Example:
             return LabelledText(change(text), label)
         case PlainText(text):
             return PlainText(change(text))
-        case PromptCompletion(prompt, completion):
-            before, after = prompt.rstrip(), completion.lstrip()
-            end, start = prompt[len(before) :], completion[: len(completion) - len(after)]
-            return PromptCompletion(change(before) + end, start + change(after))
-        case Conversation(turns, given, tools):
-            return Conversation(tuple(_map_turn(turn, change) for turn in turns), given, tools)
+        case PromptCompletion() | Conversation():
+            return _map_answer(example, change)
         case Preference(chosen, rejected):
-            return Preference(map_texts(chosen, change), map_texts(rejected, change))  # type: ignore[arg-type]
+            return Preference(_map_answer(chosen, change), _map_answer(rejected, change))
+
+
+def _map_answer(
+    answer: PromptCompletion | Conversation, change: Callable[[str], str]
+) -> PromptCompletion | Conversation:
+    if isinstance(answer, Conversation):
+        return Conversation(tuple(_map_turn(turn, change) for turn in answer.turns), answer.given, answer.tools)
+    before, after = answer.prompt.rstrip(), answer.completion.lstrip()
+    end, start = answer.prompt[len(before) :], answer.completion[: len(answer.completion) - len(after)]
+    return PromptCompletion(change(before) + end, start + change(after))
 
 
 def _map_turn(turn: Turn, change: Callable[[str], str]) -> Turn:

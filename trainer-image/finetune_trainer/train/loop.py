@@ -359,12 +359,12 @@ def accumulate_gradients(
         with device.autocast():
             there = batch.to(device.torch_device)
             loss = there.weigh(objective.losses(there)).sum()
-        (loss / weight).backward(inputs=only)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss / weight, inputs=only)
         total += loss.detach()
     for batch in part.idle:
         with device.autocast():
             nothing = objective.losses(batch.to(device.torch_device))[:0].sum()
-        nothing.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(nothing)
     return total
 
 
