@@ -61,7 +61,11 @@ class Operator:
         )
         self._context = Context(settings, PodLayout())
         self._metrics = Metrics(
-            self._store, lambda: self._election.leading, lambda: len(self._queue), self._informer.ages
+            self._store,
+            lambda: self._election.leading,
+            lambda: len(self._queue),
+            self._informer.ages,
+            api.counter,
         )
 
     async def run(self) -> None:

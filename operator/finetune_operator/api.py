@@ -17,6 +17,7 @@ from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 
 from finetune_operator.observed import Manifest
+from finetune_operator.request_counter import RequestCounter
 
 PAGE_SIZE = 500
 
@@ -66,6 +67,8 @@ class ApiServer:
         self.url: str = configuration.host.rstrip("/")
         self.last_answer: float | None = None
         """time.monotonic() when the server last answered anything."""
+        self.counter = RequestCounter()
+        """Of the requests of all sessions."""
         self._configuration = configuration
         self._tls = RESTClientObject(configuration).ssl_context
         self._session: aiohttp.ClientSession | None = None
@@ -75,7 +78,7 @@ class ApiServer:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=self._tls, limit=0),
             headers={"User-Agent": "finetune-operator"},
-            middlewares=(self._authorize, *middlewares),
+            middlewares=(self._authorize, self.counter, *middlewares),
             proxy=self._configuration.proxy,
         )
 

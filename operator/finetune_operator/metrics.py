@@ -42,6 +42,7 @@ class Metrics:
         is_leader: Callable[[], bool],
         queue_length: Callable[[], int],
         watch_ages: Callable[[], Mapping[str, float]],
+        api_requests: Collector,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
         self.registry = CollectorRegistry(auto_describe=False)
@@ -55,6 +56,7 @@ class Metrics:
         leader.set_function(lambda: float(is_leader()))
         queue = Gauge(f"{PREFIX}_queue_length", "FineTuneJobs that wait for a worker.", registry=self.registry)
         queue.set_function(lambda: float(queue_length()))
+        self.registry.register(api_requests)
         self.registry.register(_WatchCollector(watch_ages))
         self.registry.register(_JobCollector(store, is_leader))
         ProcessCollector(registry=self.registry)

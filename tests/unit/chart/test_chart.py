@@ -13,6 +13,7 @@ import pytest
 import yaml
 from finetune_api.crd import custom_resource_definition
 from finetune_operator.metrics import Metrics
+from finetune_operator.request_counter import RequestCounter
 from finetune_operator.settings import OPERATOR_LABELS, Settings
 from finetune_operator.store import Store
 from finetune_trainer.telemetry.telemetry import METRICS
@@ -372,7 +373,7 @@ def test_chart_and_package_have_one_version() -> None:
 def test_dashboards_and_alerts_ask_for_metrics_that_there_are() -> None:
     files = [*(CHART / "files" / "dashboards").glob("*.json"), CHART / "templates" / "alerts.yaml"]
     asked = {name for file in files for name in re.findall(r"finetune_(?:operator|trainer)_\w+", file.read_text())}
-    operator = Metrics(Store(), lambda: True, lambda: 0, lambda: {"pods": 0.0}).registry
+    operator = Metrics(Store(), lambda: True, lambda: 0, lambda: {"pods": 0.0}, RequestCounter()).registry
     served = set(re.findall(r"^# TYPE (\w+)", generate_latest(operator).decode(), re.MULTILINE))
     served |= {f"finetune_trainer_{name}" for name in METRICS}
     assert asked

@@ -6,6 +6,7 @@ import pytest
 from aiohttp.test_utils import unused_port
 from finetune_operator.logs import JsonFormatter, current_job
 from finetune_operator.metrics import Metrics
+from finetune_operator.request_counter import RequestCounter
 from finetune_operator.server import Server
 from finetune_operator.store import FINE_TUNE_JOBS, Store
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +17,7 @@ class World:
         self.store = Store()
         self.leading = True
         self.healthy, self.ready = (True, "ok"), (False, "not yet")
-        self.metrics = Metrics(self.store, lambda: self.leading, lambda: 3, lambda: {"pods": 1.5})
+        self.metrics = Metrics(self.store, lambda: self.leading, lambda: 3, lambda: {"pods": 1.5}, RequestCounter())
 
     def job(self, name, version=1, **status):
         metadata = {"uid": name, "name": name, "namespace": "team", "resourceVersion": str(version)}

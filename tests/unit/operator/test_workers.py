@@ -6,6 +6,7 @@ from finetune_operator.cluster import UnavailableError
 from finetune_operator.logs import current_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import Key
+from finetune_operator.request_counter import RequestCounter
 from finetune_operator.store import Store
 from finetune_operator.workers import Workers
 from finetune_operator.workqueue import WorkQueue
@@ -16,7 +17,7 @@ A, B = Key("team", "a"), Key("team", "b")
 class World:
     def __init__(self) -> None:
         self.queue = WorkQueue[Key](first_delay=0.01)
-        self.metrics = Metrics(Store(), lambda: True, lambda: 0, dict)
+        self.metrics = Metrics(Store(), lambda: True, lambda: 0, dict, RequestCounter())
         self.done: list[Key] = []
         self.answers: dict[Key, list] = {}
 
