@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from finetune_operator import cli, local_job
 from finetune_operator.manifest_file import ManifestFileError, read_job
 
 from tests import fake_trainer, specs
+from tests.processes import start_finetune, wait_until
 
 MANIFEST = """\
 apiVersion: finetune-operator.io/v1alpha1
@@ -264,31 +264,20 @@ class TestRun:
 
 
 class TestSignals:
-    def start(self, file: Path, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "finetune_operator.cli", "run", str(file), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def wait_for(self, path: Path, process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 60
-        while not path.exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_stopped_run_says_how_to_go_on_and_does(self, file, tmp_path, monkeypatch, number, capsys):
         fake_trainer.install(tmp_path, monkeypatch, train=["work", "succeed"])
         workspace = tmp_path / "out" / "workspace"
-        with self.start(file, "--output", str(tmp_path / "out")) as process:
-            self.wait_for(workspace / "working", process)
-            refused = self.start(file, "--output", str(tmp_path / "out"))
-            assert "another `finetune run` is at work" in refused.communicate()[0]
+        with start_finetune("run", file, "--output", tmp_path / "out") as process:
+            wait_until((workspace / "working").exists, process)
+            refused = start_finetune("run", file, "--output", tmp_path / "out")
+            assert "another `finetune run` is at work" in refused.communicate()[1]
             assert refused.returncode == 64
             process.send_signal(number)
-            output, _ = process.communicate(timeout=60)
+            said = "".join(process.communicate(timeout=60))
         assert process.returncode == 75
         program = f"{sys.executable} -m finetune_operator.cli"
-        assert f"Go on with:\n  {program} run {file} --output {tmp_path / 'out'}\n" in output
+        assert f"Go on with:\n  {program} run {file} --output {tmp_path / 'out'}\n" in said
         assert cli.main(["run", str(file), "--output", str(tmp_path / "out")]) == 0
         assert (workspace / "tries-prepare").read_text() == "1"
         assert (workspace / "tries-train").read_text() == "2"
@@ -309,15 +298,15 @@ class TestSignals:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
         ) as process:
-            self.wait_for(tmp_path / "runs" / "demo" / "workspace" / "working", process)
+            wait_until((tmp_path / "runs" / "demo" / "workspace" / "working").exists, process)
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=60)
         assert output.endswith(f"Go on with:\n  {' '.join(command)}\n")
 
     def test_the_second_signal_does_not_wait(self, file, tmp_path, monkeypatch):
         fake_trainer.install(tmp_path, monkeypatch, train=["stubborn"])
-        with self.start(file) as process:
-            self.wait_for(tmp_path / "runs" / "demo" / "workspace" / "working", process)
+        with start_finetune("run", file) as process:
+            wait_until((tmp_path / "runs" / "demo" / "workspace" / "working").exists, process)
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=1)

@@ -22,6 +22,7 @@ from finetune_operator.observed import Manifest, Observed, Resource, condition_o
 from finetune_operator.run_folder import RunError, RunFolder, admit
 
 from tests import fake_trainer, specs
+from tests.processes import wait_until
 
 TRAIN = Stage.TRAIN
 
@@ -317,20 +318,12 @@ def test_no_process_outlives_a_killed_run(world, tmp_path, monkeypatch):
     script = PARENT.format(root=str(Path(__file__).parents[3]))
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     try:
-        working = world.run.path / "workspace" / "working"
-        deadline = time.monotonic() + 20
-        while not working.exists():
-            assert time.monotonic() < deadline
-            assert parent.poll() is None
-            time.sleep(0.05)
+        wait_until((world.run.path / "workspace" / "working").exists, parent, seconds=20)
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     pid = int((world.run.path / "workspace" / "pid").read_text())
-    deadline = time.monotonic() + 5
-    while is_alive(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not is_alive(pid), seconds=5)
 
     async def go_on() -> Observed:
         async with world.cluster() as cluster:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jsonschema
@@ -18,6 +17,7 @@ from finetune_operator import cli, validate
 
 from tests import fake_trainer
 from tests.models import save_tiny_bert
+from tests.processes import start_finetune, wait_until
 
 MANIFEST = """\
 apiVersion: finetune-operator.io/v1alpha1
@@ -180,18 +180,10 @@ class TestManifest:
 class TestEnds:
     """How the process ends, with a trainer that does as it is told."""
 
-    def start(self, file: Path, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "finetune_operator.cli", "validate", str(file), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def wait_for_work(self, folder: Path, process: subprocess.Popen) -> int:
+    def wait_for_work(self, folder: Path, process: subprocess.Popen[str]) -> int:
         """The trainer's process id."""
-        deadline = time.monotonic() + 60
-        while not (found := list(folder.glob("tmp/finetune-validate-*/workspace/working"))):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        return int((found[0].parent / "pid").read_text())
+        working, *_ = wait_until(lambda: [*folder.glob("tmp/finetune-validate-*/workspace/working")], process)
+        return int((working.parent / "pid").read_text())
 
     def test_a_crash_is_1_and_shows_the_log(self, file, tmp_path, monkeypatch, capsys):
         fake_trainer.install(tmp_path, monkeypatch, prepare=["crash"])
@@ -215,7 +207,7 @@ class TestEnds:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_stop_ends_all_and_leaves_nothing(self, file, tmp_path, monkeypatch, number):
         fake_trainer.install(tmp_path, monkeypatch, prepare=["work"])
-        with self.start(file, "-o", "json") as process:
+        with start_finetune("validate", file, "-o", "json") as process:
             trainer = self.wait_for_work(tmp_path, process)
             process.send_signal(number)
             output, errors = process.communicate(timeout=30)
@@ -225,7 +217,7 @@ class TestEnds:
 
     def test_the_second_ctrl_c_does_not_wait(self, file, tmp_path, monkeypatch):
         fake_trainer.install(tmp_path, monkeypatch, prepare=["stubborn"])
-        with self.start(file) as process:
+        with start_finetune("validate", file) as process:
             trainer = self.wait_for_work(tmp_path, process)
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
@@ -238,13 +230,10 @@ class TestEnds:
 
     def test_the_trainer_dies_with_a_killed_command(self, file, tmp_path, monkeypatch):
         fake_trainer.install(tmp_path, monkeypatch, prepare=["work"])
-        with self.start(file) as process:
+        with start_finetune("validate", file) as process:
             trainer = self.wait_for_work(tmp_path, process)
             process.kill()
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{trainer}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not Path(f"/proc/{trainer}").exists(), seconds=10)
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "--sample", "-1"], ["x", "--sample", "some"], ["x", "-o", "xml"]])
