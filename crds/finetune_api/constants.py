@@ -1,11 +1,11 @@
 """Names and numbers that cross a process border. Each is stated here and nowhere else."""
 
 from enum import IntEnum, StrEnum
+from typing import Final
 
-GROUP = "finetune-operator.io"
-VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
-KIND = "FineTuneJob"
+API_VERSION: Final = "finetune-operator.io/v1alpha1"
+GROUP, VERSION = API_VERSION.split("/")
+KIND: Final = "FineTuneJob"
 PLURAL = "finetunejobs"
 
 FIELD_MANAGER = "finetune-operator"

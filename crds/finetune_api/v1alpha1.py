@@ -18,8 +18,8 @@ class FineTuneJob(Document):
              f"the name must begin with a letter and have at most {NAME_LENGTH} characters of a-z, 0-9 and '-', because pods and services are named after it",
              "metadata.name"),
     )
-    api_version: Annotated[Literal["finetune-operator.io/v1alpha1"], Field(description="Version of this schema.")] = API_VERSION  # type: ignore[assignment]
-    kind: Annotated[Literal["FineTuneJob"], Field(description=f"Always {KIND}.")] = KIND  # type: ignore[assignment]
+    api_version: Annotated[Literal["finetune-operator.io/v1alpha1"], Field(description="Version of this schema.")] = API_VERSION
+    kind: Annotated[Literal["FineTuneJob"], Field(description=f"Always {KIND}.")] = KIND
     metadata: dict[str, Any] = Field(default_factory=dict)
     spec: FineTuneJobSpec = Field(description="What to fine-tune, with what, how, and how good it must be.")
     status: FineTuneJobStatus | None = Field(None, description="What the operator reports.")

@@ -149,19 +149,18 @@ class Encoder:
                 Reason.MODEL_INVALID,
                 "model.uri: its tokenizer has no tokenizer.json, which is needed to find the answers in a chat",
             )
-        batch = self._tokenizer(texts, add_special_tokens=False, verbose=False) if texts else None
+        encodings = iter(self._tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else ())
         results: list[Encoded | InvalidRowError] = []
-        number = 0
         for item in rendered:
-            if isinstance(item, InvalidRowError) or batch is None:
-                results.append(item)  # type: ignore[arg-type]  # without a batch all are errors
+            if isinstance(item, InvalidRowError):
+                results.append(item)
                 continue
-            offsets = np.array(batch.encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
-            mask = _within(offsets, item.answers).tolist()
-            ids = batch["input_ids"][number]
-            ids, mask = self._spell_out(ids, mask, item, offsets) if item.spelled else (ids, mask)
+            encoding = next(encodings)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            ids, mask = encoding.ids, _within(offsets, item.answers).tolist()
+            if item.spelled:
+                ids, mask = self._spell_out(ids, mask, item, offsets)
             results.append(self._row(ids, mask, item.unlearned))
-            number += 1
         return results
 
     def _spell_out(

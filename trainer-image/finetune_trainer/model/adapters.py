@@ -15,7 +15,7 @@ LINEAR = (torch.nn.Linear, Conv1D)
 POOLER = "pooler"
 
 
-def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
+def apply_method(model: PreTrainedModel, plan: Plan) -> PreTrainedModel | PeftModel:
     """Freezes what the method does not train; LoRA puts its adapters in, drawn from the current RNG.
 
     Raises UserError if there is nothing that LoRA could adapt, or a layer that it may not, or if the model has fewer

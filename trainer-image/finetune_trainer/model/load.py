@@ -9,6 +9,7 @@ import torch
 from finetune_api.constants import Reason
 from finetune_api.plan import Plan
 from finetune_api.spec import Task
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -46,7 +47,7 @@ def load_tokenizer(workspace: Workspace, trust_remote_code: bool = False) -> Pre
 
 def build_model(
     plan: Plan, workspace: Workspace, labels: list[str] | None, quantization: Nf4 | None = None
-) -> torch.nn.Module:
+) -> PreTrainedModel | PeftModel:
     """The model as it is before its first step, in fp32 on the CPU, with exactly the trained weights requiring grad.
 
     With `quantization` it is on that device instead, and the frozen layers of its blocks are quantised.
@@ -73,7 +74,7 @@ def check_start_adapter(plan: Plan, workspace: Workspace, labels: list[str] | No
     check_layers(workspace.adapter, build_skeleton(plan, workspace, labels))
 
 
-def build_skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> torch.nn.Module:
+def build_skeleton(plan: Plan, workspace: Workspace, labels: list[str] | None) -> PreTrainedModel | PeftModel:
     """The job's model on the meta device, with exactly the trained weights requiring grad. No weights are read."""
     with torch.device("meta"):
         return apply_method(_skeleton(plan, workspace, labels), plan)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from finetune_api.constants import Reason
@@ -14,6 +15,10 @@ from finetune_api.plan import PlanDevice
 from finetune_api.spec import Precision
 
 from finetune_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +92,7 @@ def _missing(gpus: int, there: int) -> str:
     return f"resources.gpus asks for {gpus} GPU, but {found}; set resources.allowCpuFallback: true to train on CPU"
 
 
-def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
+def cast_frozen(model: "PreTrainedModel | PeftModel", precision: Precision) -> None:
     """With bf16, keeps the frozen weights of linear layers in bf16.
 
     Autocast would cast them anew in every forward pass, with the same result, and they are most of the memory.
@@ -97,13 +102,13 @@ def cast_frozen(model: torch.nn.Module, precision: Precision) -> None:
             layer.to(torch.bfloat16)
 
 
-def castable_layers(model: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+def castable_layers(model: "PreTrainedModel | PeftModel") -> Iterator[torch.nn.Linear]:
     """Linear layers that are not trained, whose weights may be kept in less than fp32.
 
     The output layer's stay as they are, adapted or not, and so do those that are the input embeddings' too, and
     quantised ones.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     kept = {id(end.weight) for end in ends if end is not None}  # of an adapted layer it is the base layer's
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear) or id(module.weight) in kept:

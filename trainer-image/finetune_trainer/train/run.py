@@ -142,7 +142,7 @@ class _Run:
             return_free_memory()
         quantization = choose_quantization(self.plan, self.device.torch_device, self.device.compute_dtype)
         model = build_model(self.plan, self.workspace, self.manifest.labels, quantization)
-        model.config.use_cache = False  # type: ignore[union-attr]  # no token is generated here
+        model.config.use_cache = False  # no token is generated here
         cast_frozen(model, self.device.precision)
         self.world.place(model, self.device.torch_device)
         if self.device.torch_device.type == "cpu":
@@ -155,7 +155,7 @@ class _Run:
             task=self.plan.task,
             packed=forward.packs,
             micro_batch_tokens=_micro_batch_tokens(self.plan),
-            pad_token_id=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
+            pad_token_id=model.config.pad_token_id,
             most_padding=self.device.most_padding,
         )
         if self.plan.training.compile and self.device.torch_device.type == "cuda":
