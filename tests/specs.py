@@ -176,7 +176,7 @@ VALID = [
     Valid("every format of generation", {"dataset.sources": [
         {**TEXTS[0], "format": f} for f in ("Messages", "ShareGPT", "PromptCompletion", "Alpaca", "QuestionContextAnswer", "Text")]}, GENERATION),
     Valid("columns of tools and of questions", {"dataset.sources": [
-        {**TEXTS[0], "columns": {"messages": "talk", "tools": "functions"}},
+        {**TEXTS[0], "columns": {"messages": "talk", "tools": "functions", "system": "role"}},
         {**TEXTS[0], "columns": {"question": "q", "context": "passage", "answer": "a"}}]}, GENERATION),
     Valid("gate of generation", {"evaluation": {"metrics": ["perplexity", "loss"],
                                                 "gate": {"metric": "perplexity", "maximum": 20.5}}}, GENERATION),

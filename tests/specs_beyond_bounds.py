@@ -82,7 +82,7 @@ BOUNDS = [
     _too_many("dataset.sources", 32, TEXTS[0]),
     _choice("dataset.sources", sources(format="CSV"), "[0].format"),
     *(_too_long("dataset.sources", 128, sources(columns={column: "x" * 129}), f"[0].columns.{column}")
-      for column in ("text", "label", "prompt", "completion", "messages", "tools", "instruction", "input", "output", "question", "context", "answer",
+      for column in ("text", "label", "prompt", "completion", "messages", "tools", "system", "instruction", "input", "output", "question", "context", "answer",
                      "chosen", "rejected")),
     _bound("dataset.sources", sources(columns={"label": ""}), "at least 1 chars long", "at least 1 character",
            place="[0].columns.label"),

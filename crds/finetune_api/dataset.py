@@ -42,6 +42,7 @@ class Columns(Document):
     completion: Column | None = Field(None, description="Column with the completion (PromptCompletion). Usual names: completion, response.")
     messages: Column | None = Field(None, description="Column with the list of {role, content} (Messages) or {from, value} (ShareGPT), or its JSON. Usual names: messages, conversations.")
     tools: Column | None = Field(None, description="Column with the list of functions that the assistant may call, or its JSON (Messages, ShareGPT, Preference). Usual name: tools.")
+    system: Column | None = Field(None, description="Column with the system prompt, for messages that do not begin with one (Messages, ShareGPT). Usual name: system.")
     instruction: Column | None = Field(None, description="Column with the instruction (Alpaca). Usual name: instruction.")
     input: Column | None = Field(None, description="Column with the optional input (Alpaca). Usual name: input.")
     output: Column | None = Field(None, description="Column with the answer (Alpaca). Usual name: output.")

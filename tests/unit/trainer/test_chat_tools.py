@@ -135,6 +135,18 @@ THINKING = """
 """
 """In the way of Qwen3 and DeepSeek R1: thoughts are dropped once the conversation goes on."""
 
+REASONING = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.last and message.reasoning_content %}
+{{- '<think>\\n' + message.reasoning_content.strip() + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""In the way of Qwen3, where thoughts are a field of their own."""
+
 WEATHER = {
     "type": "function",
     "function": {
@@ -317,3 +329,23 @@ def test_an_answer_that_is_cut_is_told_apart_from_a_row_that_is_cut(encode):
         14,
     )
     assert tail.row.truncated and not tail.answer_cut
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(encode, refuse):
+    thinking = Turn("assistant", "no", thoughts="it is 3 degrees\n")
+    text, learned, _ = encode(REASONING, Conversation((ASK, thinking)))
+    assert learned == ["<think>\nit is 3 degrees\n</think>\n\nno<|im_end|>\n"]
+    text, learned, encoded = encode(REASONING, Conversation((ASK, thinking, ASK, thinking)))
+    assert text.count("<think>") == 1 and encoded.unlearned == 1
+    assert learned == ["<think>\nit is 3 degrees\n</think>\n\nno<|im_end|>\n"]
+    error = refuse(CHATML, Conversation((ASK, thinking)))
+    assert error.reason == "chat template leaves thoughts out"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, MARKED_BUT_CALLS], ids=["plain", "marked", "calls not marked"])
+def test_an_answer_with_weight_0_is_read_but_not_learned(encode, template):
+    turns = (ASK, Turn("assistant", "perhaps", learned=False), ASK, Turn("assistant", "no"))
+    text, learned, encoded = encode(template, Conversation(turns))
+    assert "perhaps" in text
+    assert [part.lstrip("\n") for part in learned] == ["no<|im_end|>\n"]
+    assert encoded.unlearned == 0

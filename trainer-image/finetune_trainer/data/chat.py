@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import compress, product
 from typing import Any, NamedTuple
 
 from finetune_api.constants import Reason
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune_trainer.data.examples import Turn
-from finetune_trainer.data.messages import tool_names
+from finetune_trainer.data.messages import THOUGHTS, tool_names
 from finetune_trainer.data.values import InvalidRowError
 from finetune_trainer.errors import UserError
 
@@ -59,26 +59,30 @@ class ChatTemplate:
         return self._template is not None
 
     def render(self, turns: Sequence[Turn], given: int, tools: str = "") -> Rendered | InvalidRowError:
-        """The conversation as text. Only answers after the `given` turns count. `tools`: as in `Conversation`."""
-        results = (self._hide_and_render(messages, given, tools) for messages in _variants(turns))
+        """The conversation as text. Only answers after the `given` turns count, and of them those that are to be
+        learned. `tools`: as in `Conversation`.
+        """
+        learned = [turn.role == "assistant" and turn.learned for turn in turns]
+        learned[:given] = [False] * given
+        results = (self._hide_and_render(messages, learned, tools) for messages in _variants(turns))
         first = next(results)
         if not isinstance(first, InvalidRowError):
             return first
         return next((result for result in results if not isinstance(result, InvalidRowError)), first)
 
-    def _hide_and_render(self, messages: list[Message], given: int, tools: str) -> Rendered | InvalidRowError:
+    def _hide_and_render(self, messages: list[Message], learned: list[bool], tools: str) -> Rendered | InvalidRowError:
         schemas, names = _read_tools(tools)
         try:
             texts = [*_texts(messages), tools]
             spelled = {token for text in texts for token in self._control_token.findall(text)}
             if not spelled:
-                text, answers, unlearned = self._find_answers(messages, given, schemas, names)
+                text, answers, unlearned = self._find_answers(messages, learned, schemas, names)
                 return Rendered(text, answers, [], unlearned)
             used = {character for text in texts for character in text}
             free = (character for character in map(chr, STAND_INS) if character not in used)
             stand_ins = dict(zip(sorted(spelled), free, strict=False))
             hidden, hidden_tools = self._hide(messages, stand_ins), self._hide(schemas, stand_ins)
-            text, answers, unlearned = self._find_answers(hidden, given, hidden_tools, names)
+            text, answers, unlearned = self._find_answers(hidden, learned, hidden_tools, names)
         except InvalidRowError as error:
             return error
         return _reveal(text, answers, unlearned, {character: token for token, character in stand_ins.items()})
@@ -95,14 +99,14 @@ class ChatTemplate:
         return value
 
     def _find_answers(
-        self, messages: list[Message], given: int, tools: list[Any] | None, names: Sequence[str]
+        self, messages: list[Message], learned: list[bool], tools: list[Any] | None, names: Sequence[str]
     ) -> tuple[str, list[Span], int]:
-        """The text, where in it, after the `given` turns, the assistant speaks, and how many answers cannot be found.
-        Raises InvalidRowError.
+        """The text, where in it the messages that are `learned` stand, and how many of them cannot be found. Raises
+        InvalidRowError.
         """
         try:
-            marked = self._answers_by_mark(messages, given, tools) if self._marked else None
-            text, answers, unlearned = marked or self._answers_by_prefix(messages, given, tools)
+            marked = self._answers_by_mark(messages, learned, tools) if self._marked else None
+            text, answers, unlearned = marked or self._answers_by_prefix(messages, learned, tools)
         except InvalidRowError:
             raise
         except (TemplateError, ValueError, TypeError, KeyError, IndexError):
@@ -114,20 +118,28 @@ class ChatTemplate:
             raise InvalidRowError(
                 "chat template leaves tools out", "the model does not know tools: use one that does, or rows without"
             )
+        if learned[-1] and messages[-1].get(THOUGHTS[0], "").strip() not in text:  # earlier ones are often left out
+            raise InvalidRowError(
+                "chat template leaves thoughts out", "the model does not know them: use one that does, or rows without"
+            )
         return text, answers, unlearned
 
     def _answers_by_mark(
-        self, messages: list[Message], given: int, tools: list[Any] | None
+        self, messages: list[Message], learned: list[bool], tools: list[Any] | None
     ) -> tuple[str, list[Span], int] | None:
-        """None if tool calls are outside of the marks."""
+        """None if the marks do not tell which is whose, or tool calls are outside of them."""
         texts, spans = self._render(messages, tools, mark_answers=True)
-        before = sum(message["role"] == "assistant" for message in messages[:given])
-        answers = [(int(start), int(end)) for start, end in spans[0][before:]]
+        wanted = [is_learned for message, is_learned in zip(messages, learned, strict=True) if _is_answer(message)]
+        if all(wanted):
+            wanted = [True] * len(spans[0])
+        elif len(wanted) != len(spans[0]):
+            return None
+        answers = [(int(start), int(end)) for start, end in compress(spans[0], wanted)]
         said = "".join(texts[0][start:end] for start, end in answers)
-        return (texts[0], answers, 0) if all(name in said for name in _called(messages[given:])) else None
+        return (texts[0], answers, 0) if all(name in said for name in _called(compress(messages, learned))) else None
 
     def _answers_by_prefix(
-        self, messages: list[Message], given: int, tools: list[Any] | None
+        self, messages: list[Message], learned: list[bool], tools: list[Any] | None
     ) -> tuple[str, list[Span], int]:
         """Each answer is what the text grows by when it is added to the turns before it. One that the template writes
         differently when other turns follow is none.
@@ -135,7 +147,7 @@ class ChatTemplate:
         (text,) = self._render(messages, tools)
         spans, unlearned = [], 0
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or number < given:
+            if not learned[number]:
                 continue
             if number == 0:
                 raise InvalidRowError("messages begin with the assistant", "there is nothing that it answers")
@@ -202,6 +214,8 @@ def _message(turn: Turn, silence: str | None = "", arguments_as_text: bool = Fal
             for call in turn.calls
             for arguments in [json.dumps(call.arguments, ensure_ascii=False) if arguments_as_text else call.arguments]
         ]
+    if turn.thoughts:  # templates differ in what they call them
+        message |= dict.fromkeys(THOUGHTS, turn.thoughts)
     if turn.call_id is not None:
         message["tool_call_id"] = turn.call_id
     if turn.name is not None:
@@ -238,6 +252,10 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def _is_answer(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
 
 
 def _called(messages: Iterable[Message]) -> list[str]:

@@ -38,6 +38,7 @@ USUAL_COLUMNS = {
     "completion": ("completion", "response"),
     "messages": ("messages", "conversations"),
     "tools": ("tools",),
+    "system": ("system",),
     "instruction": ("instruction",),
     "input": ("input",),
     "output": ("output",),
@@ -63,8 +64,8 @@ FIELDS: dict[DataFormat, tuple[str, ...]] = {
 apart by the messages themselves."""
 
 OPTIONAL_FIELDS = {
-    DataFormat.MESSAGES: ("tools",),
-    DataFormat.SHARE_GPT: ("tools",),
+    DataFormat.MESSAGES: ("tools", "system"),
+    DataFormat.SHARE_GPT: ("tools", "system"),
     DataFormat.ALPACA: ("input",),
     DataFormat.QUESTION_CONTEXT_ANSWER: ("context",),
     DataFormat.PREFERENCE: ("prompt", "tools"),
@@ -181,10 +182,28 @@ def _conversation(row: Row, read: Callable[[Any], tuple[Turn, ...]]) -> Conversa
     if messages is None:
         raise InvalidRowError("messages is missing")
     tools = read_tools(row.get("tools"))
-    turns = match_calls(read(messages), tools)
+    turns = match_calls(_begun(read(messages), row.get("system")), tools)
     if turns[-1].role != "assistant":
         raise InvalidRowError("messages do not end with the assistant", "there is no answer to learn")
+    _check_learned(turns)
     return Conversation(turns, tools=tools)
+
+
+def _check_learned(turns: tuple[Turn, ...]) -> None:
+    if not any(turn.learned for turn in turns if turn.role == "assistant"):
+        raise InvalidRowError("no answer is learned", "all that the assistant says has weight 0")
+
+
+def _begun(turns: tuple[Turn, ...], system: Any) -> tuple[Turn, ...]:
+    """With the system prompt of a column of its own at the beginning."""
+    if system is None or system == "":
+        return turns
+    first = Turn("system", checked_text(system, "system"))
+    if turns[0].role != "system":
+        return (first, *turns)
+    if turns[0] != first:
+        raise InvalidRowError("system is given twice", "its column says another thing than the first message")
+    return turns
 
 
 def _preference(row: Row) -> Preference:
@@ -222,6 +241,8 @@ def _conversations(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], tools: 
     given = next((n for n in range(most) if chosen[n] != rejected[n]), most)
     if given == 0:
         raise InvalidRowError("prompt is missing", "and chosen and rejected do not begin with the same message")
+    _check_learned(chosen[given:])
+    _check_learned(rejected[given:])
     return Preference(Conversation(chosen, given, tools), Conversation(rejected, given, tools))
 
 

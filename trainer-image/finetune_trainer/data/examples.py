@@ -24,6 +24,10 @@ class Turn(NamedTuple):
     """Of a tool: the call that it answers."""
     name: str | None = None
     """Of a tool: its name."""
+    thoughts: str = ""
+    """Of the assistant, before it speaks or calls."""
+    learned: bool = True
+    """Whether what the assistant says is to be learned, and not only read."""
 
 
 UNLABELLED = ""
@@ -86,10 +90,10 @@ def example_texts(example: Example) -> list[str]:
 
 
 def _turn_texts(turn: Turn) -> list[str]:
-    if not turn.calls:
-        return [turn.role, turn.content]
-    called = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in turn.calls]
-    return [turn.role, turn.content, *(part for call in called for part in call)]
+    texts = [turn.role, turn.thoughts, turn.content] if turn.thoughts else [turn.role, turn.content]
+    for call in turn.calls:
+        texts += [call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)]
+    return texts
 
 
 def map_texts(example: Example, change: Callable[[str], str]) -> Example:
@@ -119,11 +123,9 @@ def _map_answer(
 
 
 def _map_turn(turn: Turn, change: Callable[[str], str]) -> Turn:
-    content = change(turn.content)
-    if not turn.calls:
-        return Turn(turn.role, content, (), turn.call_id, turn.name)
     calls = tuple(call._replace(arguments=_map_json(call.arguments, change)) for call in turn.calls)
-    return turn._replace(content=content, calls=calls)
+    thoughts = change(turn.thoughts) if turn.thoughts else ""
+    return Turn(turn.role, change(turn.content), calls, turn.call_id, turn.name, thoughts, turn.learned)
 
 
 def _map_json(value: Any, change: Callable[[str], str]) -> Any:

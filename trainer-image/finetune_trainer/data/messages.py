@@ -22,14 +22,17 @@ SPEAKERS = {
 }
 """ShareGPT's names -> roles."""
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Where datasets keep what the assistant thinks before it speaks."""
+
 FUNCTION_NAME = re.compile(r"[\w./:-]{1,128}")
 WRITTEN_CALL = re.compile(r"tool_?call|function_?call|python_tag", re.IGNORECASE)
 """How a call is marked where it is text like any other: <tool_call>, [TOOL_CALLS], <|python_tag|>."""
 
 
 def read_messages(messages: Any, place: str = "") -> tuple[Turn, ...]:
-    """Turns of messages {role, content}, with tool_calls of the assistant and tool_call_id of tools. `place` tells, in
-    what is said of bad ones, which messages they are: " of chosen". Raises InvalidRowError.
+    """Turns of messages {role, content}, with tool_calls, thoughts and weight of the assistant, tool_call_id of tools.
+    `place` tells, in what is said of bad ones, which messages they are: " of chosen". Raises InvalidRowError.
     """
     return tuple(_each(messages, _message, "{role, content}", place))
 
@@ -174,15 +177,46 @@ def _message(message: dict[str, Any]) -> Turn:
     calls = _tool_calls(message.get("tool_calls"))
     if calls and role != "assistant":
         raise InvalidRowError("role is not valid", "calls tools, which only the assistant may")
-    content = message.get("content")
+    content = _joined(message.get("content"))
     if calls and content is None:
         content = ""
     may_be_blank = bool(calls) or role == "tool"
     if not (may_be_blank and isinstance(content, str) and not content.strip()):
         content = checked_text(content, "content")
-    if role != "tool":
-        return Turn(role, content, calls)
-    return Turn(role, content, (), _optional_text(message, "tool_call_id"), _optional_text(message, "name"))
+    if role == "tool":
+        return Turn(role, content, (), _optional_text(message, "tool_call_id"), _optional_text(message, "name"))
+    if role == "assistant":
+        return Turn(role, content, calls, thoughts=_thoughts(message), learned=_is_learned(message))
+    return Turn(role, content)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of parts {type: text, text}; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRowError("content is not text", "has a part that is none, such as an image")
+    return "".join(part["text"] for part in content)
+
+
+def _thoughts(message: dict[str, Any]) -> str:
+    """What is thought, but for white space."""
+    for key in THOUGHTS:
+        value = message.get(key)
+        if value is not None and not (isinstance(value, str) and not value.strip()):
+            return checked_text(value, key)
+    return ""
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    """By OpenAI's `weight`: 1, which need not be written, or 0."""
+    weight = message.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, int | float) and weight in (0, 1):
+        return bool(weight)
+    raise InvalidRowError("weight is not valid", "has one that is neither 0 nor 1")
 
 
 def _share_gpt_message(message: dict[str, Any]) -> Turn:
@@ -196,7 +230,7 @@ def _share_gpt_message(message: dict[str, Any]) -> Turn:
         return Turn(role, "", _tool_calls(calls if isinstance(calls, list) else [calls], needed=True))
     if role == "tool" and isinstance(value, str) and not value.strip():
         return Turn(role, value)
-    return Turn(role, checked_text(value, "value"))
+    return Turn(role, checked_text(value, "value"), learned=role != "assistant" or _is_learned(message))
 
 
 def _tool_calls(value: Any, needed: bool = False) -> tuple[ToolCall, ...]:
