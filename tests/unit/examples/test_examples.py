@@ -1,4 +1,4 @@
-"""Every example, that of the README too, is what a cluster or `finetune run` accepts."""
+"""Every example, those of the documents too, is what a cluster or `finetune run` accepts."""
 
 import json
 import re
@@ -7,8 +7,9 @@ from textwrap import dedent
 
 import pytest
 import yaml
-from finetune_api.constants import KIND, Stage
-from finetune_api.rules import local_only
+from finetune_api.constants import API_VERSION, KIND, Stage
+from finetune_api.dataset import DatasetSpec
+from finetune_api.rules import local_only, parse_job
 from finetune_operator.layout import storage_used
 from finetune_operator.manifest_file import read_job
 from finetune_operator.render.pod import USER
@@ -18,6 +19,12 @@ EXAMPLES = ROOT / "examples"
 QUICKSTART = EXAMPLES / "quickstart"
 DATA = EXAMPLES / "financial-sentiment" / "data"
 JOBS = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if f"kind: {KIND}" in path.read_text()]
+
+FRAGMENTS = [
+    (page.name, block)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+]
 
 CONFIG_MAP_BYTES = 2**20
 
@@ -71,3 +78,17 @@ def test_the_readme_shows_a_job_that_a_cluster_accepts(tmp_path):
     assert local_only(job) == []
     for place in (*job.spec.dataset.sources, job.spec.output):
         assert place.secret_ref is not None, f"{place.uri} asks for credentials"
+
+
+@pytest.mark.parametrize(("page", "block"), FRAGMENTS)
+def test_what_the_documents_show_of_a_spec_fits_one(page, block):
+    shown = yaml.safe_load(block)
+    dataset = {"sources": [{"uri": "s3://team/rows.jsonl"}], **shown.pop("dataset", {})}
+    spec = {"task": "Classification", "model": {"uri": "hf://acme/encoder"}, "dataset": dataset, **shown}
+    parse_job({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "shown"}, "spec": spec})
+
+
+def test_the_documents_show_all_that_a_dataset_has():
+    shown = {key for _, block in FRAGMENTS for key in yaml.safe_load(block).get("dataset", {})}
+    names = {field.alias for field in DatasetSpec.model_fields.values()}
+    assert names - shown == {"sources", "maxRejected"}  # they stand in the README
