@@ -19,6 +19,7 @@ from finetune_operator.observed import (
     Resource,
     format_time,
     index_of,
+    merge_patch,
     newest_of_each_node,
     stage_of,
     terminated,
@@ -93,6 +94,9 @@ class FakeCluster:
         observed = Observed(dict(self.jobs), {s: list(p) for s, p in self.pods.items()}, self.progress, self.pod_events)
         return Resource.read(self.body), observed
 
+    async def refresh(self, key: Key) -> None:
+        pass
+
     async def create(self, resource: Resource, manifest: Manifest) -> None:
         if self.create_error is not None:
             raise self.create_error
@@ -103,9 +107,9 @@ class FakeCluster:
             metadata = {**manifest["metadata"], "uid": f"job-{next(self._numbers)}"}
             self.jobs[stage] = {**manifest, "metadata": metadata, "status": {}}
 
-    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
-        self.jobs[stage]["spec"].update(changes)
-        if changes.get("suspend"):
+    async def change_job(self, resource: Resource, stage: Stage, patch: Manifest) -> None:
+        self.jobs[stage] = merge_patch(self.jobs[stage], patch)
+        if self.jobs[stage]["spec"]["suspend"]:
             self.pods[stage] = [pod for pod in self.pods.get(stage, []) if pod["status"]["phase"] != "Running"]
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:
@@ -155,6 +159,11 @@ class FakeCluster:
         assert self.body is not None
         self.body["spec"] = {**self.body["spec"], **spec}
         self.body["metadata"]["generation"] += 1
+
+    def edit_status(self, **fields: Any) -> None:
+        """By hand; None takes a field away."""
+        assert self.body is not None
+        self.body["status"] = merge_patch(self.body["status"], fields)
 
     def pod(self, stage: Stage, status: Manifest, node: int = 0) -> Manifest:
         failures = sum(  # what the Job controller has counted for this node

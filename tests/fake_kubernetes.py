@@ -1,19 +1,20 @@
 """A small API server in memory, over real HTTP: objects, resourceVersions, uids, preconditions, status subresources.
 
-What it does was taken from a real one (1.36): a status apply ignores a uid and obeys a resourceVersion, a merge patch
-with a wrong uid is 422, a delete with a wrong uid is 409.
+What it does was taken from a real one (1.36): a resourceVersion that is not the newest is 409, a merge patch with a wrong
+uid is 422, a delete with a wrong uid is 409; an update of /status changes nothing else.
 """
 
 import json
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from finetune_operator.api import ApiServer
+from finetune_operator.observed import merge_patch
 from kubernetes.aio.client import Configuration
 
 Manifest = dict[str, Any]
@@ -61,48 +62,66 @@ class FakeKubernetes:
             if isinstance(refusal, int):
                 return web.Response(status=refusal, text="<html>no Status</html>")
             return web.json_response(refusal, status=refusal["code"])
-        answer = getattr(self, f"_{request.method.lower()}")(request, request.path, body)
+        answer = self.answer(request.method, request.path, request.query, body)
         return web.json_response(answer, status=answer["code"] if answer.get("kind") == "Status" else 200)
 
-    def _get(self, request: web.Request, path: str, _: Any) -> Manifest:
+    def answer(self, method: str, path: str, query: Mapping[str, str], body: Any) -> Manifest:
+        """What the request brings: an object, a list, or a Status with its `code`."""
+        match method:
+            case "GET":
+                return self._get(query, path)
+            case "POST":
+                return self._post(path, body)
+            case "PUT":
+                return self._put(path, body)
+            case "PATCH":
+                return self._patch(path, body)
+            case _:
+                return self._delete(path, body)
+
+    def _get(self, query: Mapping[str, str], path: str) -> Manifest:
         if path in self.objects:
             return self.objects[path]
         if path.rsplit("/", 1)[-1] in ("jobs", "pods", "events", "finetunejobs"):
-            items = [body for name, body in sorted(self.objects.items()) if path in _collections(name)]
-            start = int(request.query.get("continue", "0"))
+            items = [
+                body
+                for name, body in sorted(self.objects.items())
+                if path in collections_of(name) and is_selected(body, query)
+            ]
+            start = int(query.get("continue", "0"))
             end = start + self.lists_per_page
             more = {"continue": str(end)} if end < len(items) else {}
             metadata = {"resourceVersion": str(self._version), **more}
             return {"kind": "List", "metadata": metadata, "items": items[start:end]}
         return status(404, "NotFound", f"{path} not found")
 
-    def _post(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+    def _post(self, path: str, body: Manifest) -> Manifest:
         target = f"{path}/{body['metadata']['name']}"
         if target in self.objects:
             return status(409, "AlreadyExists", f"{target} already exists")
         return self.put(target, body)
 
-    def _put(self, request: web.Request, path: str, body: Manifest) -> Manifest:
-        if path not in self.objects:
-            return status(404, "NotFound", f"{path} not found")
-        if body["metadata"].get("resourceVersion") != self.objects[path]["metadata"]["resourceVersion"]:
-            return status(409, "Conflict", "the object has been modified")
-        return self.put(path, body)
-
-    def _patch(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+    def _put(self, path: str, body: Manifest) -> Manifest:
         target = path.removesuffix("/status")
         if target not in self.objects:
             return status(404, "NotFound", f"{path} not found")
-        known, metadata = self.objects[target], body.get("metadata") or {}
+        known = self.objects[target]
+        for field in ("uid", "resourceVersion"):
+            if body["metadata"].get(field) not in (None, known["metadata"][field]):
+                return status(409, "Conflict", "the object has been modified")
+        return self.put(target, body if path == target else {**known, "status": body["status"]})
+
+    def _patch(self, path: str, body: Manifest) -> Manifest:
+        if path not in self.objects:
+            return status(404, "NotFound", f"{path} not found")
+        known, metadata = self.objects[path], body.get("metadata") or {}
         if metadata.get("resourceVersion") not in (None, known["metadata"]["resourceVersion"]):
             return status(409, "Conflict", "the object has been modified")
-        if path != target:
-            return self.put(target, {**known, "status": body["status"]})
         if metadata.get("uid") not in (None, known["metadata"]["uid"]):
             return status(422, "Invalid", "metadata.uid: Invalid value: field is immutable")
-        return self.put(target, {**known, "spec": {**known.get("spec", {}), **body.get("spec", {})}})
+        return self.put(path, merge_patch(known, body))
 
-    def _delete(self, request: web.Request, path: str, body: Manifest) -> Manifest:
+    def _delete(self, path: str, body: Manifest) -> Manifest:
         if path not in self.objects:
             return status(404, "NotFound", f"{path} not found")
         if body["preconditions"]["uid"] != self.objects[path]["metadata"]["uid"]:
@@ -114,7 +133,17 @@ class FakeKubernetes:
         return {"kind": "Status", "code": 200}
 
 
-def _collections(path: str) -> tuple[str, str]:
+def is_selected(body: Manifest, query: Mapping[str, str]) -> bool:
+    """By `labelSelector` (one label, with or without a value) and by a `fieldSelector` for the name."""
+    label, _, value = query.get("labelSelector", "").partition("=")
+    labels = body["metadata"].get("labels") or {}
+    field, _, name = query.get("fieldSelector", "").partition("=")
+    return (not label or (label in labels and value in ("", labels[label]))) and (
+        field != "metadata.name" or name == body["metadata"]["name"]
+    )
+
+
+def collections_of(path: str) -> tuple[str, str]:
     """The lists that hold the object: of its namespace and of all."""
     collection = path.rsplit("/", 1)[0]
     return collection, re.sub("/namespaces/[^/]+", "", collection)

@@ -1,15 +1,28 @@
 """`FineTuneJob.status`: what the operator reports. Decimals are strings, as the Kubernetes API conventions ask."""
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from finetune_api.base import Document
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 from finetune_api.spec import Precision
 
 Decimal = Annotated[str, StringConstraints(pattern=r"^(-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?|nan|-?inf)$", max_length=32)]
-Timestamp = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z$", max_length=32)]
+
+
+def _is_a_time(text: str) -> str:
+    """The pattern lets 2026-02-31T99:00:00Z through."""
+    datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return text
+
+
+Timestamp = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z$", max_length=32),
+    AfterValidator(_is_a_time),
+]
 MESSAGE_LENGTH = 2048
 
 

@@ -22,7 +22,6 @@ from finetune_operator.request_counter import RequestCounter
 PAGE_SIZE = 500
 
 MERGE_PATCH = "application/merge-patch+json"
-APPLY_PATCH = "application/apply-patch+yaml"
 
 
 class ApiError(Exception):

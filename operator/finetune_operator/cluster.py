@@ -43,16 +43,18 @@ class Cluster(Protocol):
     async def observe(self, key: Key) -> tuple[Resource, Observed] | None:
         """The resource and its children as they are known now; None if it does not exist."""
 
+    async def refresh(self, key: Key) -> None:
+        """Asks the cluster for all that is known of this job, which may be behind. Raises UnavailableError."""
+
     async def create(self, resource: Resource, manifest: Manifest) -> None:
         """Creates a child; one that is there already and is this resource's own is left as it is.
 
         Raises NameClashError, RejectedError or UnavailableError.
         """
 
-    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
-        """Changes fields of a child Job's spec that may change: suspend, backoffLimit, activeDeadlineSeconds.
-
-        None takes a field away. A Job that does not exist any more needs no change.
+    async def change_job(self, resource: Resource, stage: Stage, patch: Manifest) -> None:
+        """Applies a merge patch to a child Job: annotations, and of its spec suspend, backoffLimit and
+        activeDeadlineSeconds, which may change. A Job that does not exist any more needs no change.
         """
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:
@@ -62,7 +64,8 @@ class Cluster(Protocol):
         """Deletes the resource itself, and with it all it owns."""
 
     async def write_status(self, resource: Resource, status: FineTuneJobStatus) -> None:
-        """Replaces the status of exactly this resource (by uid)."""
+        """Replaces the status of exactly this resource (by uid), if it still is as it was read; else nothing is
+        written, and the job comes up again."""
 
     async def emit(self, resource: Resource, event: Event) -> None:
         """Records an Event once, however often it is asked to. Never raises: events are a courtesy."""

@@ -48,6 +48,10 @@ class Conditions:
             last_transition_time=old.last_transition_time if old and same else format_time(self._now),
         )
 
+    def remove(self, *kinds: ConditionType) -> None:
+        for kind in kinds:
+            self._conditions.pop(kind, None)
+
     def to_list(self) -> list[Condition]:
         """In the order in which a job meets them."""
         return [self._conditions[kind] for kind in ConditionType if kind in self._conditions]

@@ -27,7 +27,7 @@ class Decision:
     status: FineTuneJobStatus
     create: Sequence[Manifest] = ()
     change: Mapping[Stage, Manifest] = field(default_factory=dict)
-    """Fields of a child Job's spec that are to be others; None takes one away."""
+    """Merge patches of child Jobs: fields that are to be others; None takes one away."""
     restart: Sequence[Stage] = ()
     """Child Jobs to delete, so that their stage runs again."""
     delete: bool = False

@@ -53,6 +53,14 @@ class Draft:
     def set(self, **fields: Any) -> None:
         self._fields.update(fields)
 
+    def reopen(self) -> None:
+        """The job has not ended, whatever a part of the status may say."""
+        self.conditions.remove(ConditionType.COMPLETE, ConditionType.FAILED)
+        self.set(failure=None, completion_time=None)
+        progress: ProgressStatus | None = self.get("progress")
+        if progress is not None and progress.percentage == 100:
+            self.set(progress=progress.model_copy(update={"percentage": 99}))
+
     def status(self) -> FineTuneJobStatus:
         conditions = self.conditions.to_list() or None
         return self._old.model_copy(update={**self._fields, "conditions": conditions})
@@ -163,6 +171,7 @@ class Draft:
         if memory is not None:
             self.set(memory=memory.model_copy(update={"peak_bytes": train.peak_memory_bytes}))
         first = train.scores[0] if train.scores else None
+        known: ResultStatus | None = self.get("result")
         self.set(
             metrics=old.model_copy(update={name: value for name, value in found.items() if value is not None}),
             metric=f"{first.metric}={first.value}" if first else self.get("metric"),
@@ -172,7 +181,7 @@ class Draft:
                 scores=train.scores,
                 stopped_early=train.stopped_early,
                 gate=train.gate,
-                artifact=None,
+                artifact=known.artifact if known else None,
             ),
         )
 
@@ -180,7 +189,7 @@ class Draft:
         """A job that has ended is not suspended, whatever its spec says."""
         if self.conditions.is_true(ConditionType.SUSPENDED):
             self.conditions.set(ConditionType.SUSPENDED, False, Reason.RESUMED, "the job has ended")
-        self.set(completion_time=format_time(self._now))
+        self.set(completion_time=self.get("completion_time") or format_time(self._now))
 
     def fail(self, failure: FailureStatus) -> None:
         """Ends the job: it stays failed whatever happens to its children."""
@@ -189,7 +198,8 @@ class Draft:
         self.conditions.set(ConditionType.FAILED, True, failure.reason, message)
         self.conditions.set(ConditionType.COMPLETE, False, failure.reason, message)
         self.running(False, failure.reason, message)
-        self.events.append(Event("Warning", failure.reason.value, shorten(message), key="Failed"))
+        if self._old.phase is not Phase.FAILED:
+            self.events.append(Event("Warning", failure.reason.value, shorten(message), key="Failed"))
         progress: ProgressStatus | None = self.get("progress")
         if progress is not None:
             self.at(progress.percentage)

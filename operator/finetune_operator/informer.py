@@ -90,7 +90,7 @@ class Informer:
             logger.warning("Cannot list %s: %s", kind.plural, error)
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._due.put_nowait, watch)
             return
-        differences = self._store.replace(kind, namespace, listed, version)
+        differences = self._store.replace(kind, listed, version, namespace=namespace)
         if watch in self._unsynced:
             self._unsynced.discard(watch)
             logger.info("Listed %d %s in %s", len(listed), kind.plural, namespace or "all namespaces")

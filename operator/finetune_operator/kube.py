@@ -13,7 +13,7 @@ from finetune_api.constants import API_VERSION, FIELD_MANAGER, KIND, PLURAL, Sta
 from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
 
-from finetune_operator.api import APPLY_PATCH, MERGE_PATCH, ApiError, ApiServer, api_path
+from finetune_operator.api import MERGE_PATCH, ApiError, ApiServer, api_path
 from finetune_operator.cluster import (
     ClusterError,
     Event,
@@ -38,9 +38,10 @@ from finetune_operator.observed import (
     nodes_of,
     parse_time,
     stage_of,
+    terminated,
 )
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, KINDS, PODS, Store
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,14 @@ class KubeCluster:
         self._events[metadata["uid"]] = (time.monotonic(), events)
         return events
 
+    async def refresh(self, key: Key) -> None:
+        for kind in KINDS:
+            try:
+                listed, version = await self._api.list_all(kind.path(key.namespace), kind.query_for(key))
+            except ApiError as error:
+                raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
+            self._store.replace(kind, listed, version, key=key)
+
     # --- writing
 
     async def create(self, resource: Resource, manifest: Manifest) -> None:
@@ -202,16 +211,21 @@ class KubeCluster:
                 raise _as_cluster_error(f"cannot update {name}", error) from error
             logger.info("%s is brought up to date", name)
 
-    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
+    async def change_job(self, resource: Resource, stage: Stage, patch: Manifest) -> None:
+        """Only the very state that was seen is changed: another replica may have stopped the Job meanwhile."""
         job = self._child(resource, stage)
         if job is None:
             return
-        patch = {"metadata": {"uid": job["metadata"]["uid"]}, "spec": changes}
+        seen = {field: job["metadata"][field] for field in ("uid", "resourceVersion")}
+        patch = {**patch, "metadata": {**patch.get("metadata", {}), **seen}}
         try:
             answer = await self._write("PATCH", _path_of(JOBS.api_version, "jobs", job), patch, MERGE_PATCH)
         except ApiError as error:
-            if error.status != 404 and "metadata.uid" not in str(error):  # gone, or gone and made anew
-                raise _as_cluster_error(f"cannot change Job {job['metadata']['name']}", error) from error
+            if error.status == 404 or "metadata.uid" in str(error):  # gone, or gone and made anew
+                return
+            if error.status == 409:
+                await self.refresh(resource.key)
+            raise _as_cluster_error(f"cannot change Job {job['metadata']['name']}", error) from error
         else:
             self._store.update(JOBS, answer)
 
@@ -228,30 +242,28 @@ class KubeCluster:
         await self._delete(path, resource.uid, "Background")
 
     async def write_status(self, resource: Resource, status: FineTuneJobStatus) -> None:
-        """Server-side apply of the whole status: what it lacks is removed.
+        """PUT, and not server-side apply: that would leave what others have written into the status.
 
-        The resourceVersion makes sure that it is this resource: the API server ignores a uid here. If the resource
-        has changed since, nothing is written: the watch will tell, and the status will be worked out anew.
+        It names the resourceVersion from which the status was worked out. If the resource has changed since, nothing is
+        written, and its new state brings the job back here.
         """
-        known = self._store.find(resource.uid)
-        if known is None:
-            return
         metadata = {
             "name": resource.key.name,
             "namespace": resource.key.namespace,
-            "resourceVersion": known["metadata"]["resourceVersion"],
+            "uid": resource.uid,
+            "resourceVersion": resource.version,
         }
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status.to_dict()}
         path = api_path(API_VERSION, PLURAL, resource.key.namespace, resource.key.name, "status")
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         try:
-            answer = await self._write("PATCH", path, body, APPLY_PATCH, query)
+            answer = await self._write("PUT", path, body, query={"fieldManager": FIELD_MANAGER})
         except ApiError as error:
-            if error.status in (404, 409):
-                logger.debug("The status was not written: %s", error)
-                return
-            raise _as_cluster_error("cannot write the status", error) from error
-        self._store.update(FINE_TUNE_JOBS, answer)
+            if error.status not in (404, 409):
+                raise _as_cluster_error("cannot write the status", error) from error
+            logger.debug("The status was not written: %s", error)
+            await self.refresh(resource.key)  # the watch may be broken
+        else:
+            self._store.update(FINE_TUNE_JOBS, answer)
 
     async def emit(self, resource: Resource, event: Event) -> None:
         try:
@@ -338,7 +350,10 @@ def _waiting(job: Manifest, pods: Sequence[Manifest]) -> Manifest | None:
 
 
 def _age_order(pod: Manifest) -> tuple[str, str]:
-    return pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]
+    """Of pods made in the same second the one that has ended is the older: its successor comes after its end."""
+    has_ended = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    end = (terminated(pod) or {}).get("finishedAt") or ""
+    return pod["metadata"].get("creationTimestamp", ""), end if has_ended else "alive"
 
 
 def _last_seen(event: Manifest) -> str:

@@ -73,14 +73,14 @@ class LeaderElection:
         logger.info("This replica leads")
 
     async def hold(self) -> None:
-        """Renews the Lease until it cannot be; then raises LeadershipLostError."""
+        """Renews the Lease until it cannot be or is another's; then raises LeadershipLostError."""
         while self.leading:
             await asyncio.sleep(RETRY_PERIOD)
             await self._try()
+        if self._renewed is None:
+            raise LeadershipLostError("another replica holds the Lease")
         self._renewed = None
-        raise LeadershipLostError(
-            f"the Lease was not renewed within {RENEW_DEADLINE:.0f} s: {self._trouble or 'another replica holds it'}"
-        )
+        raise LeadershipLostError(f"the Lease was not renewed within {RENEW_DEADLINE:.0f} s: {self._trouble}")
 
     async def release(self) -> None:
         """Lets another replica lead at once; without this it would wait for the Lease to run out."""
@@ -134,6 +134,7 @@ class LeaderElection:
         spec = lease.get("spec") or {}
         runs_out = self._seen[1] + (spec.get("leaseDurationSeconds") or DURATION)
         if spec.get("holderIdentity") not in (None, "", self._identity) and self._clock() < runs_out:
+            self._renewed = None  # it was moved: not a moment longer do two act
             return False
         lease["spec"] = self._spec(spec)
         renewed = await self._api.request("PUT", self._path(), lease, timeout=REQUEST_TIMEOUT)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from finetune_operator.cluster import Event
 from finetune_operator.layout import CACHE
 from finetune_operator.local_job import LocalJob
-from finetune_operator.observed import Key, Manifest, Observed, Resource, stage_of
+from finetune_operator.observed import Key, Manifest, Observed, Resource, merge_patch, stage_of
 from finetune_operator.run_folder import RunError, RunFolder
 
 PROGRESS_TIMEOUT = aiohttp.ClientTimeout(total=1)
@@ -161,6 +161,9 @@ class LocalCluster:
         pods = {stage: tuple(job.pods) for stage, job in self._jobs.items()}
         return Resource.read(self.document), Observed(jobs=jobs, pods=pods, progress=self.progress)
 
+    async def refresh(self, key: Key) -> None:
+        """Here nothing is ever behind."""
+
     async def create(self, resource: Resource, manifest: Manifest) -> None:
         """Jobs become processes, and a plan's ConfigMap a file; of volumes and policies this machine needs none."""
         stage = stage_of(manifest)
@@ -176,11 +179,13 @@ class LocalCluster:
             self._jobs[stage] = LocalJob.new(admitted, time.time(), self._logs, (self._lock,))
             self._save()
 
-    async def change_job(self, resource: Resource, stage: Stage, changes: Manifest) -> None:
+    async def change_job(self, resource: Resource, stage: Stage, patch: Manifest) -> None:
         job = self._jobs[stage]
-        job.manifest["spec"].update({name: value for name, value in changes.items() if name != "suspend"})
-        if "suspend" in changes:
-            await job.set_suspend(changes["suspend"], time.time())
+        changed = merge_patch(job.manifest, patch)
+        suspend = changed["spec"]["suspend"]
+        if suspend != job.manifest["spec"]["suspend"]:
+            await job.set_suspend(suspend, time.time())
+        job.manifest.update(metadata=changed["metadata"], spec=changed["spec"])
         self._save()
 
     async def delete_child(self, resource: Resource, stage: Stage) -> None:

@@ -9,17 +9,31 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, ExitCode, Stage
-from finetune_api.progress import Progress, Result
+from finetune_api.constants import (
+    GROUP,
+    HASH_ANNOTATION,
+    JOB_LABEL,
+    STAGE_LABEL,
+    ExitCode,
+    Reason,
+    Stage,
+)
+from finetune_api.progress import Outcome, Progress, Result
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
 Manifest = dict[str, Any]
 Pod = TypeVar("Pod", bound=Mapping[str, Any])
 
+MAX_SKEW_SECONDS = 86400.0
+"""Clocks are not thought to differ by more."""
+
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
 """On the pods of an Indexed Job with backoffLimitPerIndex: how many of the index's pods have failed before."""
+
+SUSPENDED_ANNOTATION = f"{GROUP}/suspended"
+"""On a Job that we have suspended: one that somebody else has suspended is theirs to resume."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,6 +57,8 @@ class Resource:
     deleting: bool
     spec: Manifest
     status: FineTuneJobStatus
+    version: str = ""
+    """resourceVersion of what was read."""
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Resource":
@@ -55,6 +71,7 @@ class Resource:
             deleting="deletionTimestamp" in metadata,
             spec=json.loads(json.dumps(body.get("spec") or {})),
             status=_read_status(body.get("status") or {}),
+            version=metadata.get("resourceVersion", ""),
         )
 
     def child_name(self, stage: Stage) -> str:
@@ -72,15 +89,19 @@ def _read_status(document: Manifest) -> FineTuneJobStatus:
             path = wrong["loc"][:-1] if wrong["type"] == "missing" else wrong["loc"]
             if not path:
                 return FineTuneJobStatus()
-            _remove(document, path)
+            _mend(document, path)
 
 
-def _remove(document: Manifest, path: Sequence[int | str]) -> None:
+def _mend(document: Manifest, path: Sequence[int | str]) -> None:
+    """Takes away what stands there. A failure for a reason of the future stays a failure."""
     place: Any = document
     try:
         for part in path[:-1]:
             place = place[part]
-        del place[path[-1]]
+        if tuple(path) == ("failure", "reason") and place["reason"] != Reason.STAGE_FAILED:
+            place["reason"] = Reason.STAGE_FAILED.value
+        else:
+            del place[path[-1]]
     except (KeyError, IndexError, TypeError):  # the path names a step of the validation: the whole field goes
         del document[str(path[0])]
 
@@ -97,6 +118,14 @@ class Observed:
     """The newest word of the running pod; of several nodes, of the first one's."""
     events: Sequence[Manifest] = ()
     """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
+
+    def result(self, stage: Stage) -> Result | None:
+        """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""
+        for pod in self.pods.get(stage, ()):
+            result = result_of(pod) if index_of(pod) == 0 else None
+            if result and result.outcome is Outcome.SUCCEEDED and getattr(result, stage.value) is not None:
+                return result
+        return None
 
 
 def is_owned_by(child: Mapping[str, Any], uid: str) -> bool:
@@ -120,8 +149,11 @@ def manifest_hash_of(child: Mapping[str, Any]) -> str | None:
 
 
 def parse_time(text: str | None) -> float | None:
-    """Unix time of a Kubernetes timestamp."""
-    return None if text is None else datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    """Unix time of a Kubernetes timestamp; None for one that is none."""
+    try:
+        return None if text is None else datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def format_time(moment: float) -> str:
@@ -152,6 +184,32 @@ def terminated(pod: Mapping[str, Any]) -> Manifest | None:
 def is_suspended(job: Mapping[str, Any]) -> bool:
     """Whether a Job has been told to run no pods."""
     return bool(job["spec"].get("suspend"))
+
+
+def is_suspended_by_us(job: Mapping[str, Any]) -> bool:
+    return SUSPENDED_ANNOTATION in (job["metadata"].get("annotations") or {})
+
+
+def suspension(suspend: bool) -> Manifest:
+    """The merge patch that suspends or resumes a Job."""
+    return {
+        "metadata": {"annotations": {SUSPENDED_ANNOTATION: "true" if suspend else None}},
+        "spec": {"suspend": suspend},
+    }
+
+
+def merge_patch(document: Manifest, patch: Mapping[str, Any]) -> Manifest:
+    """The document after a JSON merge patch (RFC 7396): null takes a field away."""
+    merged = dict(document)
+    for name, value in patch.items():
+        if isinstance(value, dict):
+            old = merged.get(name)
+            merged[name] = merge_patch(old if isinstance(old, dict) else {}, value)
+        elif value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = value
+    return merged
 
 
 def has_ended(job: Mapping[str, Any]) -> bool:

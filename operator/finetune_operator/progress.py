@@ -16,7 +16,7 @@ from finetune_api.constants import TELEMETRY_PORT
 from finetune_api.progress import Progress
 from pydantic import ValidationError
 
-from finetune_operator.observed import Key, container_of, index_of, is_running
+from finetune_operator.observed import MAX_SKEW_SECONDS, Key, container_of, index_of, is_running
 from finetune_operator.store import PODS, Store
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 CONCURRENCY = 50
 TIMEOUT_SECONDS = 2.0
 MAX_BYTES = 64 * 1024
-MAX_SKEW_SECONDS = 86400.0
 MAX_TEXT = 128
 MAX_NUMBER = 2**53
 LONGEST_PAUSE = 12

@@ -5,14 +5,17 @@ The status is the only record of what was done: a stage whose outcome stands the
 happens to its Job.
 """
 
+from dataclasses import replace
+
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 from finetune_api.rules import InvalidManifestError, parse_spec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FailureStatus, FineTuneJobStatus
+from finetune_api.status import FailureStatus
 
 from finetune_operator.conditions import shorten
 from finetune_operator.decision import Context, Decision
 from finetune_operator.draft import Draft
+from finetune_operator.evidence import final_failure, has_outcome, is_finished, without_the_future
 from finetune_operator.observed import (
     Manifest,
     Observed,
@@ -20,25 +23,28 @@ from finetune_operator.observed import (
     has_ended,
     is_suspended,
     parse_time,
+    suspension,
 )
-from finetune_operator.stages import Walk
+from finetune_operator.stages import Walk, success_message
 
 
 def decide(resource: Resource, observed: Observed, now: float, context: Context) -> Decision:
     """The next step for this resource."""
     if resource.deleting:
         return Decision(resource.status)
+    resource = replace(resource, status=without_the_future(resource.status, now))
     try:
         spec = parse_spec(resource.spec)
     except InvalidManifestError as error:
-        if _is_finished(resource.status):
-            return Decision(resource.status)
+        if is_finished(resource.status):
+            return Decision(resource.status, change=_stop_all(observed))
         if resource.status.start_time is not None:
             return _leave_alone(resource, now, str(error))
         return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
-    if _is_finished(resource.status):
-        return _after_the_end(resource, spec, observed, now)
     draft = Draft(resource, now)
+    if is_finished(resource.status):
+        return _after_the_end(resource, spec, observed, now, draft)
+    draft.reopen()
     draft.conditions.set(ConditionType.ACCEPTED, True, Reason.VALID, "the spec is valid")
     _note_suspension(draft, spec)
     return Walk(resource, spec, observed, now, context, draft).go()
@@ -47,6 +53,7 @@ def decide(resource: Resource, observed: Observed, now: float, context: Context)
 def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, message: str) -> Decision:
     """Fails the job for a cause outside its pods; what still runs is stopped."""
     draft = Draft(resource, now)
+    draft.reopen()
     if reason is Reason.INVALID_SPEC:
         draft.conditions.set(ConditionType.ACCEPTED, False, reason, message)
     draft.fail(FailureStatus(stage=None, reason=reason, message=shorten(message)))
@@ -55,7 +62,7 @@ def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, 
 
 def _stop_all(observed: Observed) -> dict[Stage, Manifest]:
     running = [stage for stage, job in observed.jobs.items() if not has_ended(job) and not is_suspended(job)]
-    return {stage: {"suspend": True} for stage in running}
+    return {stage: suspension(True) for stage in running}
 
 
 def _leave_alone(resource: Resource, now: float, message: str) -> Decision:
@@ -66,21 +73,26 @@ def _leave_alone(resource: Resource, now: float, message: str) -> Decision:
     return Decision(draft.status())
 
 
-def hold_back(resource: Resource, now: float, message: str) -> Decision:
-    """The cluster does not let us act: says so, and leaves the job where it is."""
-    draft = Draft(resource, now)
+def hold_back(resource: Resource, decision: Decision, now: float, message: str) -> Decision:
+    """The cluster does not let us act: says so, and where the job stands otherwise."""
+    draft = Draft(replace(resource, status=decision.status), now)
     draft.trouble(Reason.FORBIDDEN, message, key="Forbidden")
-    draft.enter(resource.status.phase or Phase.PENDING, message)
-    return Decision(draft.status(), events=draft.events)
+    draft.enter(decision.status.phase or Phase.PENDING, message)
+    return Decision(draft.status(), events=(*decision.events, *draft.events))
 
 
-def _is_finished(status: FineTuneJobStatus) -> bool:
-    return status.phase is not None and status.phase.finished
-
-
-def _after_the_end(resource: Resource, spec: FineTuneJobSpec, observed: Observed, now: float) -> Decision:
-    """Nothing but the time to live is left; what was reported stays, and nothing runs."""
-    status = resource.status.model_copy(update={"observed_generation": resource.generation})
+def _after_the_end(resource: Resource, spec: FineTuneJobSpec, observed: Observed, now: float, draft: Draft) -> Decision:
+    """Nothing but the time to live is left: what was reported stays, what is missing of it comes back, nothing runs."""
+    failure = final_failure(resource.status)
+    if failure is not None:
+        draft.fail(failure)
+    else:
+        for stage in Stage:
+            result = None if has_outcome(draft.status(), stage) else observed.result(stage)
+            if result is not None:
+                draft.absorb(result)
+        draft.succeed(success_message(draft.status()))
+    status = draft.status()
     stop = _stop_all(observed)
     lifetime, ended = spec.limits.ttl_seconds_after_finished, parse_time(status.completion_time)
     if lifetime is None or ended is None:

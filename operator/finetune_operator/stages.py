@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 from finetune_api.plan import Plan
-from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.progress import Progress, Result
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus
+from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus, ResultStatus
 
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import shorten
 from finetune_operator.decision import Context, Decision
 from finetune_operator.diagnose import Trouble, culprit, pod_failure, refusal, stage_failure, waiting_trouble
 from finetune_operator.draft import STAGE_SHARE, Draft
+from finetune_operator.evidence import has_outcome
 from finetune_operator.observed import (
     Manifest,
     Observed,
@@ -22,14 +23,16 @@ from finetune_operator.observed import (
     container_of,
     failures_of,
     format_time,
+    has_ended,
     has_failed,
-    index_of,
     is_running,
     is_suspended,
+    is_suspended_by_us,
     newest_of_each_node,
     nodes_of,
     parse_time,
     result_of,
+    suspension,
 )
 from finetune_operator.plans import build_plan, plan_memory
 from finetune_operator.render import render_stage
@@ -39,9 +42,6 @@ from finetune_operator.sizing import advise, explain
 LOOK_AGAIN_SECONDS = 5.0
 """For what no watch tells: Events about a pod that does not start."""
 
-RESULT_GRACE_SECONDS = 30.0
-"""A Job may be seen as complete before its pod is; after this, the pod is gone and with it the stage's result."""
-
 UNKNOWN_LIMIT = {
     True: "how much a GPU has is not known: give resources.gpuMemory to have it compared",
     False: "how much there is is not known: give resources.limits.memory to have it compared",
@@ -49,11 +49,6 @@ UNKNOWN_LIMIT = {
 
 WORKING = {Stage.PREPARE: Phase.PREPARING, Stage.TRAIN: Phase.TRAINING, Stage.PUBLISH: Phase.PUBLISHING}
 WAITING = {Stage.PREPARE: Phase.PENDING, Stage.TRAIN: Phase.QUEUED, Stage.PUBLISH: Phase.PUBLISHING}
-
-
-def _was_suspended(status: FineTuneJobStatus) -> bool:
-    """Whether the status still says so: it is written after what it tells was done."""
-    return any(c.type is ConditionType.SUSPENDED and c.status == "True" for c in status.conditions or ())
 
 
 def _is_tried_again(job: Manifest, ended: Sequence[Manifest]) -> bool:
@@ -75,7 +70,7 @@ class Walk:
 
     def go(self) -> Decision:
         for stage in Stage:
-            if self._is_done(stage):
+            if has_outcome(self.draft.status(), stage):
                 continue
             job = self.observed.jobs.get(stage)
             if job is None:
@@ -87,11 +82,11 @@ class Walk:
                 return self._fail(stage, job)
             if not condition_of(job, "Complete"):
                 return self._stay(stage, job)
-            result = self._result(stage)
+            result = self.observed.result(stage)
             if result is None:
                 return self._without_result(stage, job)
             self._finish(stage, result)
-        self.draft.succeed(self._success_message())
+        self.draft.succeed(success_message(self.draft.status()))
         return self._decision()
 
     def _decision(
@@ -111,26 +106,17 @@ class Walk:
             requeue_after=requeue_after,
         )
 
-    def _is_done(self, stage: Stage) -> bool:
-        result = self.draft.get("result")
-        match stage:
-            case Stage.PREPARE:
-                return self.draft.get("data") is not None
-            case Stage.TRAIN:
-                return result is not None and result.scores is not None
-            case Stage.PUBLISH:
-                return result is not None and result.artifact is not None
-
-    def _result(self, stage: Stage) -> Result | None:
-        """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""
-        for pod in self.observed.pods.get(stage, ()):
-            result = result_of(pod) if index_of(pod) == 0 else None
-            if result and result.outcome is Outcome.SUCCEEDED and getattr(result, stage.value) is not None:
-                return result
-        return None
+    def _at_work_later(self, stage: Stage) -> list[Stage]:
+        """Stages after this one whose Jobs have not ended. They began when the status knew more than it does now."""
+        later = list(Stage)[list(Stage).index(stage) + 1 :]
+        return [each for each in later if each in self.observed.jobs and not has_ended(self.observed.jobs[each])]
 
     def _begin(self, stage: Stage) -> Decision:
         """Creates the stage's children; in their first moment they wait, as far as the status knows."""
+        too_early = self._at_work_later(stage)
+        if too_early:  # one writer on the workspace at a time
+            self._wait(stage, Reason.POD_STARTING, f"{stage} runs again when {too_early[0]} has stopped")
+            return self._decision(restart=too_early, requeue_after=LOOK_AGAIN_SECONDS)
         if self.spec.suspend and self._is_queued(stage):
             self._wait(stage, Reason.SUSPENDED_BY_USER, "")
             return self._decision()
@@ -207,7 +193,7 @@ class Walk:
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
             self._enter(WAITING[stage], trouble.message)
-        elif is_suspended(job) and not self.spec.suspend and "suspend" not in change.get(stage, {}):
+        elif is_suspended(job) and not self.spec.suspend and not is_suspended_by_us(job):
             queue = self._queue()
             where = f"in queue {queue}" if queue else "for the controller that has suspended its Job"
             self._wait(stage, Reason.QUEUED, f"{stage} waits {where}")
@@ -235,13 +221,16 @@ class Walk:
         A Job that we did not suspend is another controller's to resume (Kueue may manage Jobs without a queue too).
         """
         limits = self.spec.limits
-        wanted = {"activeDeadlineSeconds": limits.active_deadline_seconds}
+        wanted = {"activeDeadlineSeconds": limits.active_deadline_seconds or None}
         if "backoffLimitPerIndex" not in job["spec"]:  # which is immutable
             wanted["backoffLimit"] = limits.retries
-        if self.spec.suspend or _was_suspended(self.resource.status):
-            wanted["suspend"] = self.spec.suspend
-        changes = {name: value for name, value in wanted.items() if (job["spec"].get(name) or None) != (value or None)}
-        return {stage: changes} if changes else {}
+        fields = {name: value for name, value in wanted.items() if job["spec"].get(name) != value}
+        patch: Manifest = {}
+        if is_suspended(job) != self.spec.suspend and (self.spec.suspend or is_suspended_by_us(job)):
+            patch = suspension(self.spec.suspend)
+        if fields:
+            patch = {**patch, "spec": {**patch.get("spec", {}), **fields}}
+        return {stage: patch} if patch else {}
 
     def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
         """A Warning when a new attempt follows a failed one: why it is needed."""
@@ -318,22 +307,23 @@ class Walk:
         return self._decision()
 
     def _without_result(self, stage: Stage, job: Manifest) -> Decision:
-        """The Job is complete, and no pod tells what it found: wait for the watch, then do the stage again."""
-        completed = parse_time((job.get("status") or {}).get("completionTime"))
-        if completed is None or self.now - completed < RESULT_GRACE_SECONDS:
-            return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+        """The Job is complete, and no pod is left to tell what it found: the stage is done again."""
         message = f"the pod of {stage} was deleted before its result was read; {stage} runs again"
         self.draft.events.append(Event("Warning", Reason.STAGE_FAILED.value, message, key=job["metadata"]["uid"]))
         self._wait(stage, Reason.POD_STARTING, message)
         return self._decision(restart=(stage,), requeue_after=LOOK_AGAIN_SECONDS)
 
-    def _success_message(self) -> str:
-        result = self.draft.get("result")
-        scores = "; ".join(
-            f"{score.metric} {score.value}" + (f" (baseline {score.baseline})" if score.baseline else "")
-            for score in result.scores
-        )
-        return f"{scores}; the result is at {result.artifact.uri}"
+
+def success_message(status: FineTuneJobStatus) -> str:
+    """What came of the job; of a status that was edited, as much as is left."""
+    result = status.result or ResultStatus()
+    words = [
+        f"{score.metric} {score.value}" + (f" (baseline {score.baseline})" if score.baseline else "")
+        for score in result.scores or ()
+    ]
+    if result.artifact is not None:
+        words.append(f"the result is at {result.artifact.uri}")
+    return "; ".join(words) or "the job has succeeded"
 
 
 def _describe(progress: Progress) -> str:

@@ -29,6 +29,14 @@ class Kind:
     def query(self) -> dict[str, str]:
         return {"labelSelector": self.label} if self.label else {}
 
+    def query_for(self, key: Key) -> dict[str, str]:
+        """For what belongs to one FineTuneJob, in its namespace."""
+        return (
+            {"labelSelector": f"{self.label}={key.name}"}
+            if self.label
+            else {"fieldSelector": f"metadata.name={key.name}"}
+        )
+
 
 FINE_TUNE_JOBS = Kind(API_VERSION, PLURAL)
 JOBS = Kind("batch/v1", "jobs", JOB_LABEL)
@@ -100,13 +108,24 @@ class Store:
         if uid in self._keys:
             self.changed(self._remove(uid))
 
-    def replace(self, kind: Kind, namespace: str | None, listed: Collection[Manifest], version: str) -> int:
-        """Makes the store as a list that is true at resourceVersion `version`; returns how many objects differed."""
+    def replace(
+        self,
+        kind: Kind,
+        listed: Collection[Manifest],
+        version: str,
+        *,
+        namespace: str | None = None,
+        key: Key | None = None,
+    ) -> int:
+        """Makes the store as a list that is true at resourceVersion `version`; returns how many objects differed.
+
+        The list is of one namespace or of all, or of what belongs to one FineTuneJob.
+        """
         differences = sum(self.put(kind, body) for body in listed)
         present = {body["metadata"]["uid"] for body in listed}
-        for key, body in list(self.all(kind)):
+        for owner, body in list(self.all(kind)) if key is None else [(key, body) for body in self.get(kind, key)]:
             uid = body["metadata"]["uid"]
-            gone = uid not in present and namespace in (None, key.namespace)
+            gone = uid not in present and namespace in (None, owner.namespace)
             if gone and version_of(body) <= int(version or 0):  # else it is younger than the list
                 self.remove(uid, int(version or 0))
                 differences += 1

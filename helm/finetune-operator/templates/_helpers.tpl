@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch, delete] # delete: limits.ttlSecondsAfterFinished
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
-  verbs: [patch]
+  verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete]

@@ -12,7 +12,7 @@ from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.layout import Layout
-from finetune_operator.observed import Manifest, Resource
+from finetune_operator.observed import Manifest, Resource, merge_patch, suspension
 from finetune_operator.plans import has_peers
 from finetune_operator.render.job import render_job
 from finetune_operator.render.metadata import render_metadata, seal
@@ -38,7 +38,7 @@ def render_stage(
     if plan.stage is Stage.PREPARE and spec.workspace.claim_name is None:
         children.insert(0, render_workspace(resource, spec))
     children = [seal(child) for child in children]
-    children[-1]["spec"]["suspend"] = suspended
+    children[-1] = merge_patch(children[-1], suspension(suspended))
     return children
 
 

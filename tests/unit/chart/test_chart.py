@@ -146,7 +146,7 @@ def test_cluster_scope_has_one_cluster_role_without_secrets() -> None:
         rights.setdefault(resource, set()).add(verb)
     assert rights == {
         "finetunejobs": {"get", "list", "watch", "delete"},
-        "finetunejobs/status": {"patch"},
+        "finetunejobs/status": {"update"},
         "jobs": {"get", "list", "watch", "create", "patch", "delete"},
         "pods": {"list", "watch"},
         "configmaps": {"get", "create", "update"},

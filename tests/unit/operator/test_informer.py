@@ -88,8 +88,18 @@ def test_a_list_removes_what_is_gone_and_keeps_what_is_younger_or_elsewhere():
         body("gone", "3", "a"), body("stays", "4", "b"), body("younger", "11", "c"), body("far", "5", "d", "team2"),
     ):  # fmt: skip
         store.put(JOBS, each)
-    assert store.replace(JOBS, "team", [body("stays", "4", "b"), body("missed", "9", "e")], "10") == 2
+    assert store.replace(JOBS, [body("stays", "4", "b"), body("missed", "9", "e")], "10", namespace="team") == 2
     assert names(store, JOBS) == ["missed", "stays", "younger"]
+    assert names(store, JOBS, Key("team2", "demo")) == ["far"]
+
+
+def test_a_list_of_what_belongs_to_one_job_changes_nothing_else():
+    store = Store()
+    for each in (body("gone", "3"), body("other", "4", label="other"), body("far", "5", namespace="team2")):
+        store.put(JOBS, each)
+    assert store.replace(JOBS, [body("new", "9")], "10", key=KEY) == 2
+    assert names(store, JOBS) == ["new"]
+    assert names(store, JOBS, Key("team", "other")) == ["other"]
     assert names(store, JOBS, Key("team2", "demo")) == ["far"]
 
 
@@ -177,7 +187,7 @@ def test_a_deleted_object_does_not_come_back_with_an_older_list():
     old = body("u1", "1")
     store.put(JOBS, old)
     store.remove("u1", 5)
-    store.replace(JOBS, None, [old], "4")
+    store.replace(JOBS, [old], "4")
     assert not store.put(JOBS, old)
     assert names(store, JOBS) == []
     assert store.put(JOBS, body("u1", str(10))), "it lost its label for a while"

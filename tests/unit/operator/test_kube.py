@@ -8,7 +8,7 @@ from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cluster import Event, NameClashError, RejectedError, UnavailableError
 from finetune_operator.kube import KubeCluster
-from finetune_operator.observed import Key, format_time
+from finetune_operator.observed import Key, format_time, suspension
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
 from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
 
@@ -204,7 +204,7 @@ async def test_who_does_not_lead_writes_nothing(world):
     world.seconds = UnavailableError("this replica is not the leader")
     for write in (
         world.cluster.create(resource, world.child(name="demo-publish", stage=Stage.PUBLISH)),
-        world.cluster.change_job(resource, Stage.TRAIN, {"suspend": True}),
+        world.cluster.change_job(resource, Stage.TRAIN, suspension(True)),
         world.cluster.delete_child(resource, Stage.TRAIN),
         world.cluster.delete(resource),
         world.cluster.write_status(resource, FineTuneJobStatus(phase=Phase.FAILED)),
@@ -220,11 +220,11 @@ async def test_who_does_not_lead_writes_nothing(world):
 
 async def test_suspend_is_patched_and_known_at_once(world):
     world.job()
-    await world.cluster.change_job(await world.resource(), Stage.TRAIN, {"suspend": True})
+    await world.cluster.change_job(await world.resource(), Stage.TRAIN, suspension(True))
     assert world.fake.objects[JOB]["spec"]["suspend"] is True
     assert (await world.observed()).jobs[Stage.TRAIN]["spec"]["suspend"] is True
     await world.cluster.change_job(
-        await world.resource(), Stage.PUBLISH, {"suspend": True}
+        await world.resource(), Stage.PUBLISH, suspension(True)
     )  # there is none: nothing to do
 
 
@@ -233,9 +233,22 @@ async def test_a_child_that_was_made_anew_is_neither_suspended_nor_deleted(world
     del world.fake.objects[JOB]
     other = world.fake.put(JOB, world.child())
     resource = await world.resource()
-    await world.cluster.change_job(resource, Stage.TRAIN, {"suspend": True})
     await world.cluster.delete_child(resource, Stage.TRAIN)
+    with pytest.raises(UnavailableError, match="has been modified"):
+        await world.cluster.change_job(resource, Stage.TRAIN, suspension(True))
     assert world.fake.objects[JOB] == other
+    assert (await world.observed()).jobs[Stage.TRAIN] == other, "and it is known now"
+
+
+async def test_a_job_is_changed_only_as_it_was_seen(world):
+    """Two replicas may act for a moment: what the one has stopped the other does not start."""
+    job, resource = world.job(), await world.resource()
+    stopped = world.fake.put(JOB, {**job, "spec": {"suspend": True}})
+    with pytest.raises(UnavailableError, match="has been modified"):
+        await world.cluster.change_job(resource, Stage.TRAIN, suspension(False))
+    assert world.fake.objects[JOB] == stopped
+    await world.cluster.change_job(resource, Stage.TRAIN, suspension(False))
+    assert world.fake.objects[JOB]["spec"]["suspend"] is False
 
 
 async def test_a_deleted_child_takes_its_pods_along_and_is_known_to_go(world):
@@ -268,6 +281,32 @@ async def test_a_status_replaces_the_old_one_and_is_known_at_once(world):
     assert (await world.resource()).status == FineTuneJobStatus(phase=Phase.PREPARING)
 
 
+async def test_a_status_that_was_worked_out_from_an_older_one_is_not_written(world):
+    """And what was written by somebody else meanwhile becomes known, whether the watch works or not."""
+    resource = await world.resource()
+    told = []
+    world.store.changed = told.append
+    world.fake.put(RESOURCE, {"spec": {}, "status": {"phase": "Failed", "message": "by hand"}})
+    await world.cluster.write_status(resource, FineTuneJobStatus(phase=Phase.PREPARING))
+    assert world.fake.objects[RESOURCE]["status"] == {"phase": "Failed", "message": "by hand"}
+    assert (await world.resource()).status.message == "by hand"
+    assert told == [KEY], "so it comes up again"
+    await world.cluster.write_status(await world.resource(), FineTuneJobStatus(phase=Phase.PREPARING))
+    assert world.fake.objects[RESOURCE]["status"] == {"phase": "Preparing"}, "nothing of the other one is left"
+
+
+async def test_a_status_write_touches_neither_spec_nor_metadata(world):
+    resource = await world.resource()
+    body = world.fake.objects[RESOURCE]
+    await world.cluster.write_status(resource, FineTuneJobStatus(phase=Phase.PREPARING))
+    method, path, sent = world.fake.requests[-1]
+    assert (method, path) == ("PUT", f"{RESOURCE}/status?fieldManager=finetune-operator")
+    assert set(sent["metadata"]) == {"name", "namespace", "uid", "resourceVersion"}
+    after = world.fake.objects[RESOURCE]
+    assert after["spec"] == body["spec"]
+    assert {**after["metadata"], "resourceVersion": ""} == {**body["metadata"], "resourceVersion": ""}
+
+
 async def test_a_late_watch_event_does_not_bring_back_the_old_status(world):
     old = world.fake.objects[RESOURCE]
     await world.cluster.write_status(await world.resource(), FineTuneJobStatus(phase=Phase.PREPARING))
@@ -296,6 +335,42 @@ async def test_a_status_that_the_server_refuses_is_an_error(world):
     world.fake.refusals = [status(422, "Invalid", "status.phase: Unsupported value")]
     with pytest.raises(RejectedError, match=r"cannot write the status: status\.phase"):
         await world.cluster.write_status(await world.resource(), FineTuneJobStatus(phase=Phase.FAILED))
+
+
+# --- refresh
+
+
+async def test_what_the_watches_have_not_told_is_asked_for(world):
+    job = world.job()
+    world.pod(job, "gone")
+    path = f"/api/v1{NAMESPACE}/pods/ended"
+    del world.fake.objects[f"/api/v1{NAMESPACE}/pods/gone"]
+    labels = {JOB_LABEL: "demo", STAGE_LABEL: "train"}
+    owners = [{"kind": "Job", "uid": job["metadata"]["uid"]}]
+    world.fake.put(path, {"metadata": {"labels": labels, "ownerReferences": owners}, "status": {"phase": "Failed"}})
+    world.fake.put(path.replace("ended", "others"), {"metadata": {"labels": {**labels, JOB_LABEL: "other"}}})
+    await world.cluster.refresh(KEY)
+    assert [pod["metadata"]["name"] for pod in (await world.observed()).pods[Stage.TRAIN]] == ["ended"]
+    del world.fake.objects[RESOURCE]
+    await world.cluster.refresh(KEY)
+    assert await world.cluster.observe(KEY) is None
+    world.fake.refuse_reads, world.fake.refusals = True, [500]
+    with pytest.raises(UnavailableError, match="cannot list finetunejobs of team/demo"):
+        await world.cluster.refresh(KEY)
+
+
+async def test_of_pods_made_in_the_same_second_the_one_that_runs_is_the_newest(world):
+    job = world.job()
+
+    def end(second):
+        return {"containerStatuses": [{"state": {"terminated": {"finishedAt": f"2026-01-01T00:00:0{second}Z"}}}]}
+
+    world.pod(job, "a-runs")
+    world.pod(job, "b-failed-second", phase="Failed", **end(2))
+    world.pod(job, "c-failed-first", phase="Failed", **end(1))
+    world.pod(job, "d-evicted", phase="Failed")
+    names = [pod["metadata"]["name"] for pod in (await world.observed()).pods[Stage.TRAIN]]
+    assert names == ["d-evicted", "c-failed-first", "b-failed-second", "a-runs"]
 
 
 # --- events

@@ -18,7 +18,7 @@ from finetune_operator import local_job, run_folder
 from finetune_operator.cluster import Event
 from finetune_operator.local import LocalCluster, LocalLayout
 from finetune_operator.local_job import LocalJob
-from finetune_operator.observed import Manifest, Observed, Resource, condition_of, result_of, terminated
+from finetune_operator.observed import Manifest, Observed, Resource, condition_of, result_of, suspension, terminated
 from finetune_operator.run_folder import RunError, RunFolder, admit
 
 from tests import fake_trainer, specs
@@ -227,11 +227,11 @@ async def test_a_suspended_job_has_no_pod_until_it_goes_on(world, tmp_path, monk
     async with world.cluster(world.job()) as cluster:
         await observe_until(cluster, lambda observed: observed.progress)
         resource, _ = await cluster.observe(cluster.key)
-        await cluster.change_job(resource, TRAIN, {"suspend": True})
+        await cluster.change_job(resource, TRAIN, suspension(True))
         observed = await observe_until(cluster, lambda _: True)
         assert observed.pods[TRAIN] == ()
         assert observed.jobs[TRAIN]["spec"]["suspend"] is True
-        await cluster.change_job(resource, TRAIN, {"suspend": False})
+        await cluster.change_job(resource, TRAIN, suspension(False))
         observed = await observe_until(cluster, ended)
         assert codes(observed) == [0]
 
