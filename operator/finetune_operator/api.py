@@ -6,6 +6,7 @@
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from finetune_operator.request_counter import RequestCounter
 PAGE_SIZE = 500
 
 MERGE_PATCH = "application/merge-patch+json"
+
+_UNREADABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
+"""What a reader of YAML refuses to see as it is; JSON itself escapes the controls below these."""
 
 
 class ApiError(Exception):
@@ -57,6 +61,18 @@ def api_path(api_version: str, plural: str, namespace: str | None = None, name: 
     parts.append(plural)
     parts += [quote(part, safe="") for part in (name, subresource) if part]
     return "/" + "/".join(parts)
+
+
+def to_json(body: Manifest) -> bytes:
+    """JSON that is YAML, too, for as such the API server reads an apply: it knows no surrogate pairs, as which `json`
+    would write a character like 🙂. A lone surrogate is no character and becomes U+FFFD.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\u{0xFFFD if 0xD800 <= code <= 0xDFFF else code:04x}"
+
+    return _UNREADABLE.sub(escape, json.dumps(body, ensure_ascii=False)).encode()
 
 
 class ApiServer:
@@ -110,7 +126,7 @@ class ApiServer:
                 method,
                 self.url + path,
                 params=query,
-                data=None if body is None else json.dumps(body),
+                data=None if body is None else to_json(body),
                 headers={"Content-Type": content_type, "Accept": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout),
             ) as response:

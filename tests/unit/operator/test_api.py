@@ -1,5 +1,11 @@
+import json
+from typing import Any
+
 import pytest
-from finetune_operator.api import ApiError, api_path
+import yaml
+from finetune_operator.api import ApiError, api_path, to_json
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tests.fake_kubernetes import fake_kubernetes, status
 
@@ -17,6 +23,18 @@ def test_paths():
     assert api_path("batch/v1", "jobs", "team", "a") == "/apis/batch/v1/namespaces/team/jobs/a"
     assert api_path("x.io/v1", "ys", "team", "a", "status") == "/apis/x.io/v1/namespaces/team/ys/a/status"
     assert api_path("v1", "pods", "../kube-system", "a/b") == "/api/v1/namespaces/..%2Fkube-system/pods/a%2Fb"
+
+
+@given(st.dictionaries(st.text(), st.text() | st.lists(st.text())))
+@example({"labels": ["🙂", "\x00\x1b[31m", "\x7f\x85\x9b", "\u2028\ufeff\ufffe", "\U0010ffff", '\\ud83d "', "é"]})
+def test_a_body_is_the_same_to_a_reader_of_json_and_of_yaml(body: dict[str, Any]):
+    text = to_json(body).decode()
+    assert json.loads(text) == body
+    assert yaml.safe_load(text) == body
+
+
+def test_half_a_character_is_replaced():
+    assert json.loads(to_json({"message": "a\ud83d"})) == {"message": "a\ufffd"}
 
 
 async def test_every_request_carries_the_token_of_the_moment(fake):
