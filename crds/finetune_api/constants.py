@@ -99,7 +99,7 @@ class Reason(StrEnum):
     GATE_FAILED = "GateFailed"  # trained, but not good enough for evaluation.gate
 
     # the cluster's
-    OOM_KILLED = "OOMKilled"  # raise resources.limits.memory or lower training.batchSize
+    OOM_KILLED = "OOMKilled"  # raise resources.limits.memory or lower training.microBatchTokens
     EVICTED = "Evicted"
     DISRUPTED = "Disrupted"  # preempted, drained: the Job tries again by itself
     IMAGE_NOT_PULLED = "ImageNotPulled"

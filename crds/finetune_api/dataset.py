@@ -169,7 +169,7 @@ class LabellingSpec(Document):
     )
     minimum_rows: int | None = Field(None, ge=1, le=1_000_000, description="Fewest training rows of each label, after everything else was decided: with less the job fails. Left out: 1.")
     conflicts: ConflictAction = Field(
-        ConflictAction.KEEP, description="What is done where the same text has different labels. Keep: nothing. Drop: none of these rows is trained on. Majority: only those are that have the label of more than half of them. "
+        ConflictAction.KEEP, description="What is done where the same text (with duplicates.similarity, nearly the same) has different labels. Keep: nothing. Drop: none of these rows is trained on. Majority: only those are that have the label of more than half of them. "
         "Validation and test rows stay, for they show how good the labels are. All are counted in the report."
     )
     label_rules: Annotated[list[LabelRule], Field(min_length=1, max_length=32)] | None = Field(

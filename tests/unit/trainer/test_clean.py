@@ -105,6 +105,8 @@ def test_lines_of_no_use_are_dropped():
     text = "Home | About\nShares rose.\nSubscribe now!\nThey fell."
     assert cleaned(text, drop_lines=[r"^Home \|", "(?i)subscribe"]) == "Shares rose.\nThey fell."
     assert cleaned("Home | About", drop_lines=["^Home"]) == Unwanted("empty once cleaned")
+    menu = "Home\n\nShares rose.\n\nHome"
+    assert cleaned(menu, drop_lines=["^Home"], normalize_whitespace=True) == "Shares rose."
 
 
 def test_no_pattern_and_no_text_takes_long():

@@ -93,9 +93,11 @@ def test_aliases_become_classes(job):
 
 def test_reasons_are_told_with_their_counts_and_without_the_texts(job):
     rows = [*news(60), *[{"text": "x", "label": "my secret"}] * 3, *[{"text": "x", "label": None}] * 2]
-    message = job.refused(job.write("a.jsonl", *rows), labels=["good", "bad"])
+    long = [{"text": "x" * 99, "label": "good"}] * 9  # dropped, and sound
+    path = job.write("a.jsonl", *rows, *long)
+    message = job.refused(path, labels=["good", "bad"], clean={"max_characters": 90})
     assert "line 61: label is unknown (dataset.labels does not list it)" in message
-    assert "Invalid: 5 of 65 rows" in message
+    assert "Invalid: 5 of 74 rows" in message
     assert "By reason: label is unknown 3, label is missing 2." in message
     assert "secret" not in message
     assert "secret" not in (job.folder / "workspace" / "report" / "quarantine.jsonl").read_text()

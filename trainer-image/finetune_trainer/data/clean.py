@@ -105,10 +105,11 @@ def normalize_whitespace(text: str) -> str:
     return text.strip()
 
 
-def drop_lines(text: str, patterns: Sequence[Callable[[str], object]]) -> str:
+def drop_lines(text: str, patterns: Sequence[Callable[[str], object]], tidy: Callable[[str], str]) -> str:
+    """`tidy` is done to what is left, if something was dropped."""
     lines = text.split("\n")
     kept = [line for line in lines if not any(found(line) for found in patterns)]
-    return text if len(kept) == len(lines) else "\n".join(kept)
+    return text if len(kept) == len(lines) else tidy("\n".join(kept))
 
 
 def repetition(text: str) -> float:
@@ -265,7 +266,9 @@ def _text_steps(settings: CleanSpec) -> Iterable[tuple[str, TextStep]]:
     if settings.normalize_whitespace:
         yield "normalizeWhitespace", normalize_whitespace
     if settings.drop_lines:
-        yield "dropLines", partial(drop_lines, patterns=[re2.compile(p).search for p in settings.drop_lines])
+        patterns = [re2.compile(pattern).search for pattern in settings.drop_lines]
+        tidy = normalize_whitespace if settings.normalize_whitespace else str  # there may be empty lines around it
+        yield "dropLines", partial(drop_lines, patterns=patterns, tidy=tidy)
 
 
 def _language_code(code: str) -> str:

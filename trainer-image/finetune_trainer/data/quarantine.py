@@ -21,14 +21,14 @@ NAMED_REJECTIONS = 3
 class Quarantine:
     """quarantine.jsonl: one line per rejected row, written as they come; it takes its place when it is closed.
 
-    `counts`: rejected rows by reason. `invalid`: those that count against dataset.maxRejected.
+    `counts`: rejected rows by reason.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.counts: Counter[str] = Counter()
+        self._invalid: Counter[str] = Counter()
         self.by_file: Counter[SourceFile] = Counter()
-        self.invalid = 0
         self._examples: list[str] = []
         self._discarded = False
         self._path = path
@@ -39,6 +39,11 @@ class Quarantine:
     def rejected(self) -> int:
         return self.counts.total()
 
+    @property
+    def invalid(self) -> int:
+        """Rows that count against dataset.maxRejected."""
+        return self._invalid.total()
+
     def add(self, file: SourceFile, rejection: Rejection, invalid: bool = True) -> None:
         """`invalid` is False for a row that is sound, but not wanted."""
         self.counts[rejection.reason] += 1
@@ -46,7 +51,7 @@ class Quarantine:
         line = Quarantined(uri=file.uri, line=rejection.line, reason=rejection.reason, detail=rejection.detail)
         self._file.write(line.to_json() + "\n")
         if invalid:
-            self.invalid += 1
+            self._invalid[rejection.reason] += 1
             if len(self._examples) < NAMED_REJECTIONS:
                 detail = f" ({rejection.detail})" if rejection.detail else ""
                 self._examples.append(f"{file.at(rejection.line)}: {rejection.reason}{detail}")
@@ -55,11 +60,12 @@ class Quarantine:
         """Raises UserError (DataInvalid) if more than the share `max_rejected` of all rows is invalid."""
         if not self.invalid or self.invalid / rows_read <= max_rejected:
             return
+        examples, place = "; ".join(self._examples), f"{self._path.parent.name}/{self._path.name}"
         more = f" and {self.invalid - len(self._examples)} more" if self.invalid > len(self._examples) else ""
         raise UserError(
             Reason.DATA_INVALID,
-            f"{'; '.join(self._examples)}{more}. Invalid: {self.invalid} of {rows_read} rows; dataset.maxRejected is "
-            f"{max_rejected:.3g}. By reason: {self.reasons()}. All are in {self._path.parent.name}/{self._path.name}",
+            f"{examples}{more}. Invalid: {self.invalid} of {rows_read} rows; "
+            f"dataset.maxRejected is {max_rejected:.3g}. By reason: {_commonest(self._invalid)}. All are in {place}",
         )
 
     def discard(self) -> None:
@@ -68,9 +74,7 @@ class Quarantine:
 
     def reasons(self) -> str:
         """The commonest reasons with their rows: "label is missing 3, invalid JSON 2"; empty if nothing is rejected."""
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common(NAMED_REJECTIONS))
-        others = len(self.counts) - NAMED_REJECTIONS
-        return counts + (f", {others} other reason{'s' if others > 1 else ''}" if others > 0 else "")
+        return _commonest(self.counts)
 
     def __enter__(self) -> Self:
         return self
@@ -87,3 +91,9 @@ class Quarantine:
             sync_folder(self._path.parent)
         else:
             self._temporary.unlink(missing_ok=True)
+
+
+def _commonest(reasons: Counter[str]) -> str:
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(NAMED_REJECTIONS))
+    others = len(reasons) - NAMED_REJECTIONS
+    return counts + (f", {others} other reason{'s' if others > 1 else ''}" if others > 0 else "")
