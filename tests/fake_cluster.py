@@ -80,6 +80,7 @@ class FakeCluster:
         self.pods: dict[Stage, list[Manifest]] = {}
         self.progress: Progress | None = None
         self.pod_events: list[Manifest] = []
+        self.workload: Manifest | None = None
         self.created: list[Manifest] = []
         self.events: dict[tuple[str, str], Event] = {}
         self.status_writes = 0
@@ -91,7 +92,8 @@ class FakeCluster:
     async def observe(self, key: Key) -> tuple[Resource, Observed] | None:
         if self.body is None:
             return None
-        observed = Observed(dict(self.jobs), {s: list(p) for s, p in self.pods.items()}, self.progress, self.pod_events)
+        pods = {stage: list(pods) for stage, pods in self.pods.items()}
+        observed = Observed(dict(self.jobs), pods, self.progress, self.workload, self.pod_events)
         return Resource.read(self.body), observed
 
     async def refresh(self, key: Key) -> None:
@@ -183,6 +185,8 @@ class FakeCluster:
         return pod
 
     def start(self, stage: Stage, node: int = 0) -> Manifest:
+        if node == 0:
+            self.progress = None  # a new pod has said nothing yet
         running = {"startedAt": format_time(self.now)}
         return self.pod(stage, {"phase": "Running", "containerStatuses": [{"state": {"running": running}}]}, node)
 
@@ -212,6 +216,14 @@ class FakeCluster:
         status["failed"] = status.get("failed", 0) + 1
         if final:
             status["conditions"] = [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]
+
+    def disrupt(self, stage: Stage, reason: str, message: str = "", node: int = 0) -> Manifest:
+        """The cluster takes a running pod away, which has time to save."""
+        pod = next(pod for pod in newest_of_each_node(self.pods[stage]) if index_of(pod) == node)
+        pod["metadata"]["deletionTimestamp"] = format_time(self.now + 120)
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}
+        pod["status"] = {**pod["status"], "conditions": [condition]}
+        return pod
 
     def _end(self, stage: Stage, phase: str, end: Manifest, node: int) -> None:
         pod = next(pod for pod in newest_of_each_node(self.pods[stage]) if index_of(pod) == node)

@@ -67,6 +67,7 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "resources.prepare": (LEFT_OUT, {}),
     "scheduling": (LEFT_OUT, {}),
     "scheduling.queueName": ("a", "b"),
+    "scheduling.workloadPriorityClassName": (LEFT_OUT, "urgent"),
     "scheduling.nodeSelector": (LEFT_OUT, {"zone": "a"}),
     "scheduling.tolerations": ([{"key": "a"}], []),
     "scheduling.affinity": (LEFT_OUT, {}),
@@ -75,12 +76,14 @@ _REFUSED: dict[str, tuple[Any, Any]] = {
     "workspace.retain": (False, True),
     "output.uri": (LEFT_OUT, "s3://bucket/out"),
     "output.format": (LEFT_OUT, "Adapter"),
+    "managedBy": (LEFT_OUT, "example.com/ours"),
 }
 _NEEDED: dict[str, Changes] = {
     "method.lora.quantization": {"resources.gpus": 1},
     "method.trainable.lastLayers": {"method.type": "Full"},
     "evaluation.gate.minimum": {"evaluation.gate": {"metric": "accuracy", "minimumGain": 0}},
     "resources.nodes": {"workspace.claimName": "team"},
+    "scheduling.workloadPriorityClassName": {"scheduling.queueName": "a"},
 }
 
 UPDATES = [

@@ -112,7 +112,7 @@ EVERYTHING: Changes = {
         "prepare": {"requests": {"memory": "1e9"}, "limits": {"memory": "1Gi", "ephemeral-storage": "0"}},
     },
     "scheduling": {
-        "queueName": "team-a", "priorityClassName": "high", "nodeSelector": {"example.com/pool": "gpu", "spot": ""},
+        "queueName": "team-a", "workloadPriorityClassName": "urgent", "priorityClassName": "high", "nodeSelector": {"example.com/pool": "gpu", "spot": ""},
         "tolerations": [{"operator": "Exists"}, {"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoExecute",
                                                  "tolerationSeconds": 60}],
         "affinity": {
@@ -134,6 +134,7 @@ EVERYTHING: Changes = {
     "workspace": {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany", "retain": True},
     "output": {"format": "Merged", "uri": "s3://bucket/models/here", "secretRef": {"name": "s3"}},
     "suspend": True,
+    "managedBy": "finetune-operator.io/finetune-operator",
     "limits": {"activeDeadlineSeconds": 3600, "retries": 0, "stallSeconds": 60, "ttlSecondsAfterFinished": 0},
 }  # fmt: skip
 

@@ -202,6 +202,8 @@ RULES = [
             field="spec.evaluation.gate.metric", words="task Classification has the metrics accuracy, macroF1"),
     Invalid("gate on the accuracy of a generator", {"evaluation.gate": {"metric": "accuracy", "minimum": 0.5}},
             GENERATION, field="spec.evaluation.gate.metric", words="task Generation has loss and perplexity"),
+    Invalid("rank without a queue", {"scheduling": {"workloadPriorityClassName": "urgent"}}, field="spec.scheduling.workloadPriorityClassName",
+            words="workloadPriorityClassName is a rank in a Kueue queue; give queueName, too"),
     Invalid("memory of no GPU", {"resources": {"gpus": 0, "gpuMemory": "80Gi"}}, field="spec.resources.gpuMemory",
             words="gpuMemory is for training on GPUs; leave it out with gpus: 0"),
     Invalid("request above the limit", {"resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "8G"}}},

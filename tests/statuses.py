@@ -10,6 +10,7 @@ from finetune_api.status import (
     FailureStatus,
     FineTuneJobStatus,
     GateResult,
+    InterruptionStatus,
     LengthStatus,
     MemoryStatus,
     MetricsStatus,
@@ -41,6 +42,17 @@ def full_status() -> FineTuneJobStatus:
             for kind in ConditionType
         ],
         attempt=2,
+        disruptions=1,
+        last_interruption=InterruptionStatus(
+            stage=Stage.TRAIN,
+            reason=Reason.PREEMPTED,
+            message="a pod of higher priority took its place",
+            time=NOW,
+            pod_name="example-train-0-x7k2p",
+            resumed_from_step=40,
+            lost_steps=2,
+        ),
+        pod_name="example-train-0-b9q4d",
         start_time=NOW,
         completion_time=NOW,
         progress=ProgressStatus(

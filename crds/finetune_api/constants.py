@@ -13,6 +13,9 @@ JOB_LABEL = f"{GROUP}/job"
 STAGE_LABEL = f"{GROUP}/stage"
 HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 
+CONTROLLER = f"{GROUP}/finetune-operator"
+"""This operator's name in `spec.managedBy`."""
+
 TELEMETRY_PORT = 9400
 NODE_RANK_VARIABLE = "FINETUNE_NODE_RANK"
 MASTER_ADDRESS_VARIABLE = "FINETUNE_MASTER_ADDR"
@@ -100,8 +103,9 @@ class Reason(StrEnum):
 
     # the cluster's
     OOM_KILLED = "OOMKilled"  # raise resources.limits.memory or lower training.microBatchTokens
-    EVICTED = "Evicted"
-    DISRUPTED = "Disrupted"  # preempted, drained: the Job tries again by itself
+    EVICTED = "Evicted"  # its node was drained, shut down or short of something: the Job tries again by itself
+    PREEMPTED = "Preempted"  # a job of higher priority took its place: it goes on when there is room again
+    DISRUPTED = "Disrupted"  # its node was lost, or somebody deleted it: the Job tries again by itself
     IMAGE_NOT_PULLED = "ImageNotPulled"
     UNSCHEDULABLE = "Unschedulable"
     POD_REFUSED = "PodRefused"  # quota, Pod Security or a PriorityClass that does not exist keeps the pod from being made

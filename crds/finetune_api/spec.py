@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import Document, Rule
+from finetune_api.constants import CONTROLLER
 from finetune_api.dataset import Column, DatasetSpec
 from finetune_api.kubernetes import (
     NAME,
@@ -24,7 +25,8 @@ from finetune_api.kubernetes import (
 )
 from finetune_api.uri import URI_HELP, Uri, uri_rules
 
-QueueName = Annotated[str, StringConstraints(pattern=NAME, max_length=63)]  # Kueue reads it from a label
+KueueName = Annotated[str, StringConstraints(pattern=NAME, max_length=63)]  # Kueue reads it from a label
+ControllerName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=63)]
 
 
 
@@ -252,7 +254,13 @@ class ResourcesSpec(Document):
 
 
 class SchedulingSpec(Document):
-    queue_name: QueueName | None = Field(None, description="Kueue LocalQueue that training waits in. Preparing and publishing do not queue.")
+    rules: ClassVar = (
+        Rule("!has(self.workloadPriorityClassName) || has(self.queueName)", "workloadPriorityClassName is a rank in a Kueue queue; give queueName, too", "workloadPriorityClassName"),
+    )
+    queue_name: KueueName | None = Field(None, description="Kueue LocalQueue that training waits in. Preparing and publishing do not queue.")
+    workload_priority_class_name: KueueName | None = Field(
+        None, description="Kueue WorkloadPriorityClass of training: who goes first in the queue, and who may be stopped for whom. Left out: the priority of priorityClassName."
+    )
     priority_class_name: Name | None = Field(None, description="PriorityClass of all pods.")
     node_selector: Labels | None = Field(None, description="Node labels that all pods need.")
     tolerations: Annotated[list[Toleration], Field(max_length=16)] | None = Field(None, description="Taints that all pods tolerate.")
@@ -279,9 +287,11 @@ class OutputSpec(Document):
 
 
 class LimitsSpec(Document):
-    active_deadline_seconds: int | None = Field(None, ge=1, le=31536000, description="Longest time that one stage may run.")
+    active_deadline_seconds: int | None = Field(
+        None, ge=1, le=31536000, description="Longest time that one stage may take, from when its pods may start: at its beginning, and anew after each time that it was suspended or queued. Waiting there does not count."
+    )
     retries: int = Field(
-        3, ge=0, le=100, description="How often a stage may fail before the job fails. User errors are never retried; preemptions do not count. "
+        3, ge=0, le=100, description="How often a stage may fail before the job fails. User errors are never retried; disruptions (preemption, eviction, a lost node) do not count. "
         "In the training of several nodes it counts for each node, and is fixed once training begins."
     )
     stall_seconds: int = Field(
@@ -346,6 +356,7 @@ class FineTuneJobSpec(Document):
              "only LoRA makes an adapter; use format Merged or leave it out", "output.format"),
         *(_immutable(f) for f in ("task", "model", "dataset", "method", "training", "evaluation", "resources", "workspace", "output")),
         _immutable("scheduling", optional=True),
+        _immutable("managedBy", optional=True),
         Rule("!has(self.dataset.labels) || !has(oldSelf.dataset.labels) || self.dataset.labels.map(l, l) == oldSelf.dataset.labels.map(l, l)",
              _immutable("dataset.labels").message, "dataset", cluster_only=True),  # lists of type set are equal in any order
     )
@@ -361,3 +372,6 @@ class FineTuneJobSpec(Document):
     output: OutputSpec = Field(default_factory=OutputSpec, description="Where the result goes.")
     suspend: bool = Field(False, description="Stop the pods and keep everything else; false goes on from the last checkpoint.")
     limits: LimitsSpec = Field(default_factory=LimitsSpec, description="Time and retries.")
+    managed_by: ControllerName | None = Field(
+        None, description=f"The controller that carries the job out. Another one than {CONTROLLER} means that this operator leaves it alone: it makes nothing and writes no status. Left out: this operator."
+    )

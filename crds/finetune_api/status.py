@@ -196,6 +196,18 @@ class FailureStatus(Document):
     exit_code: int | None = Field(None, description="Exit code of the container.")
 
 
+class InterruptionStatus(Document):
+    """A try of a stage that ended before its work was done, and after which it is tried again."""
+
+    stage: Stage = Field(description="Stage that was interrupted.")
+    reason: Reason = Field(description="Cause, as a constant: Evicted, Preempted or Disrupted, which cost no retry, or why it failed.")
+    message: Message = Field(description="Cause, for people.")
+    time: Timestamp = Field(description="When the operator saw it.")
+    pod_name: str | None = Field(None, max_length=253, description="Pod that was interrupted; of several nodes the first one's. Unset if none was seen to work.")
+    resumed_from_step: int | None = Field(None, description="Step of the checkpoint that training went on from, 0 without one; known when it has gone on.")
+    lost_steps: int | None = Field(None, description="Steps that had been reported and are done again; known when training has gone on.")
+
+
 class FineTuneJobStatus(Document):
     observed_generation: int | None = Field(None, description="metadata.generation that this status is about.")
     phase: Phase | None = Field(None, description="Where the job stands, in a word. Programs should read the conditions.")
@@ -203,7 +215,10 @@ class FineTuneJobStatus(Document):
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = Field(
         None, description="Where the job stands, for programs.", json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     )
-    attempt: int | None = Field(None, description="Which try of the current stage this is, from 1.")
+    attempt: int | None = Field(None, description="Which try of the current stage this is, from 1. Only failures count, as in limits.retries.")
+    disruptions: int | None = Field(None, description="How often work was interrupted and no failure of its own: preempted, evicted, its node lost, its pods or its Job deleted.")
+    last_interruption: InterruptionStatus | None = Field(None, description="The last time that a stage was interrupted and is tried again, by a failure or a disruption.")
+    pod_name: str | None = Field(None, max_length=253, description="Pod that works on the current stage, or that was the last to; of several nodes the first one's.")
     start_time: Timestamp | None = Field(None, description="When the operator first acted on the job.")
     completion_time: Timestamp | None = Field(None, description="When it succeeded or failed.")
     progress: ProgressStatus | None = Field(None, description="How far it is; at most 10 s old while training.")

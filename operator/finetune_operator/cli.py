@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from finetune_api.constants import ExitCode
+from finetune_api.constants import CONTROLLER, ExitCode
 from finetune_api.report import EVALUATION_REPORT, EvaluationReport
 from finetune_api.rules import local_only
 from finetune_api.status import FineTuneJobStatus
@@ -197,6 +197,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ManifestFileError(*point_out(options.file, findings))
     if job.spec.suspend:
         raise RunError("spec.suspend is true: nothing would run; set it to false")
+    if job.spec.managed_by not in (None, CONTROLLER):
+        raise RunError(f"spec.managedBy is {job.spec.managed_by}, which is to carry the job out; leave it out")
     with run.locked() as lock:
         return asyncio.run(_follow(options, job, run, layout, lock))
 

@@ -25,6 +25,16 @@ CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunCont
 MOUNT_REASONS = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
 """Reasons of Events: such a pod says nothing but ContainerCreating."""
 
+DISRUPTIONS = {
+    "PreemptionByScheduler": (Reason.PREEMPTED, "the pod gave way to one of higher priority"),
+    "EvictionByEvictionAPI": (Reason.EVICTED, "the pod was evicted, as when its node is drained"),
+    "TerminationByKubelet": (Reason.EVICTED, "the pod's node shuts down, or is short of something"),
+    "DeletionByTaintManager": (Reason.DISRUPTED, "the pod had to leave its node, which is lost or tainted"),
+    "DeletionByPodGC": (Reason.DISRUPTED, "the pod's node is gone"),
+}
+"""Reasons of the pod condition DisruptionTarget, in words:
+https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions"""
+
 MEMORY_FIELD = {
     Stage.PREPARE: "resources.prepare.limits.memory",
     Stage.TRAIN: "resources.limits.memory",
@@ -74,16 +84,28 @@ def pod_failure(pod: Mapping[str, Any], stage: Stage) -> Trouble:
     if end.get("reason") == "OOMKilled":
         return Trouble(Reason.OOM_KILLED, _out_of_memory(pod, stage), code)
     result = result_of(pod)
-    if result is not None and result.outcome is not Outcome.SUCCEEDED:
+    if result is not None and result.outcome is Outcome.FAILED:
         return Trouble(result.reason or Reason.STAGE_FAILED, result.message, code)
+    disruption = pod_disruption(pod)
+    if disruption is not None:  # which is why a trainer says that it was interrupted
+        return disruption
+    if result is not None and result.outcome is Outcome.INTERRUPTED:
+        return Trouble(Reason.INTERRUPTED, result.message, code)
+    return Trouble(Reason.STAGE_FAILED, _exit(code, pod.get("status") or {}, stage), code)
+
+
+def pod_disruption(pod: Mapping[str, Any]) -> Trouble | None:
+    """Why the cluster takes a pod away that has done nothing wrong; None if it does not."""
+    code = (terminated(pod) or {}).get("exitCode")
     status = pod.get("status") or {}
     if status.get("reason") == "Evicted":
         return Trouble(Reason.EVICTED, f"the node evicted the pod: {status.get('message', '')}", code)
-    disruption = condition_of(pod, "DisruptionTarget")
-    if disruption is not None:
-        words = disruption.get("message") or disruption.get("reason", "")
-        return Trouble(Reason.DISRUPTED, f"the pod was taken away: {words}", code)
-    return Trouble(Reason.STAGE_FAILED, _exit(code, status, stage), code)
+    condition = condition_of(pod, "DisruptionTarget")
+    if condition is None:
+        return None
+    reason, what = DISRUPTIONS.get(condition.get("reason", ""), (Reason.DISRUPTED, "the pod was taken away"))
+    words = condition.get("message") or condition.get("reason")
+    return Trouble(reason, f"{what}: {words}" if words else what, code)
 
 
 def culprit(pods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

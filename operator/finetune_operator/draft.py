@@ -7,6 +7,7 @@ from finetune_api.progress import Progress, Result, TrainResult
 from finetune_api.status import (
     FailureStatus,
     FineTuneJobStatus,
+    InterruptionStatus,
     MemoryStatus,
     MetricsStatus,
     ProgressStatus,
@@ -16,6 +17,7 @@ from finetune_api.status import (
 
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import Conditions, shorten
+from finetune_operator.diagnose import Trouble
 from finetune_operator.observed import Resource, format_time
 
 STAGE_SHARE = {Stage.PREPARE: (0, 10), Stage.TRAIN: (10, 95), Stage.PUBLISH: (95, 99)}
@@ -107,6 +109,39 @@ class Draft:
         self.running(False, reason, message)
         self.pause()
 
+    @property
+    def interruption(self) -> InterruptionStatus | None:
+        """What has interrupted the pod that is known to work, or that was the last to; None while nothing has."""
+        last: InterruptionStatus | None = self.get("last_interruption")
+        worker = self.get("pod_name")
+        return last if last is not None and worker is not None and last.pod_name == worker else None
+
+    def interrupt(self, stage: Stage, trouble: Trouble) -> None:
+        """The stage ended before its work was done, and is tried again."""
+        message, worker = shorten(trouble.message), self.get("pod_name")
+        self.set(
+            last_interruption=InterruptionStatus(
+                stage=stage, reason=trouble.reason, message=message, time=format_time(self._now), pod_name=worker
+            )
+        )
+
+    def disrupt(self, stage: Stage, trouble: Trouble) -> None:
+        """It was interrupted, and has not failed: that is counted apart, and is a Warning."""
+        self.interrupt(stage, trouble)
+        count = (self.get("disruptions") or 0) + 1
+        self.set(disruptions=count)
+        message = f"{stage} was interrupted: {trouble.message}"
+        self.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-disruption-{count}"))
+
+    def _count_lost_steps(self, reached: int, progress: Progress) -> None:
+        """Training goes on, with the first word of another pod than the one that was interrupted."""
+        last: InterruptionStatus | None = self.get("last_interruption")
+        is_new = last is not None and last.stage is Stage.TRAIN and last.lost_steps is None and not self.interruption
+        if last is not None and is_new:
+            begun = progress.resumed_from_step or 0
+            known = {"resumed_from_step": begun, "lost_steps": max(0, reached - begun)}
+            self.set(last_interruption=last.model_copy(update=known))
+
     def follow(self, stage: Stage, progress: Progress) -> None:
         """Takes over what a running trainer says. After a crash it may be less than before: that is the truth."""
         start, end = STAGE_SHARE[stage]
@@ -114,6 +149,8 @@ class Draft:
         old: ProgressStatus | None = self.get("progress")
         remaining = progress.estimated_remaining_seconds
         kept = old if old is not None and progress.step is None else None
+        if stage is Stage.TRAIN and progress.step is not None:
+            self._count_lost_steps((old and old.step) or 0, progress)
         self.set(
             progress=ProgressStatus(
                 percentage=percentage,

@@ -29,6 +29,7 @@ JOB_METRICS = {
     "tokens_per_second": "Training speed in non-padding tokens.",
     "memory_bytes": "Peak memory of the accelerator, or resident memory on CPU.",
     "attempt": "Which try of the current stage this is, from 1.",
+    "disruptions": "How often work was interrupted by no failure of its own: preempted, evicted, its node lost.",
 }
 """Metric name without its prefix -> help."""
 
@@ -116,6 +117,7 @@ def _add_job(gauges: Mapping[str, GaugeMetricFamily], key: Key, status: Manifest
         "tokens_per_second": metrics.get("tokensPerSecond"),
         "memory_bytes": metrics.get("peakMemoryBytes"),
         "attempt": status.get("attempt"),
+        "disruptions": status.get("disruptions"),
     }
     for name, value in values.items():
         if value is not None:

@@ -116,6 +116,8 @@ class Observed:
     """Pods of each stage, oldest first."""
     progress: Progress | None = None
     """The newest word of the running pod; of several nodes, of the first one's."""
+    workload: Manifest | None = None
+    """What Kueue keeps about the train Job while it is suspended."""
     events: Sequence[Manifest] = ()
     """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
 
@@ -219,6 +221,11 @@ def has_ended(job: Mapping[str, Any]) -> bool:
 
 def is_running(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") == "Running" and terminated(pod) is None
+
+
+def is_leaving(pod: Mapping[str, Any]) -> bool:
+    """Whether a pod has been told to end, or is about to be: it was deleted, or is the target of a disruption."""
+    return "deletionTimestamp" in pod["metadata"] or condition_of(pod, "DisruptionTarget") is not None
 
 
 def has_failed(pod: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ happens to its Job.
 """
 
 from dataclasses import replace
+from typing import Any
 
-from finetune_api.constants import ConditionType, Phase, Reason, Stage
+from finetune_api.constants import CONTROLLER, ConditionType, Phase, Reason, Stage
 from finetune_api.rules import InvalidManifestError, parse_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FailureStatus
@@ -16,8 +17,8 @@ from finetune_operator.conditions import shorten
 from finetune_operator.decision import Context, Decision
 from finetune_operator.draft import Draft
 from finetune_operator.evidence import final_failure, has_outcome, is_finished, without_the_future
+from finetune_operator.kueue import is_queued
 from finetune_operator.observed import (
-    Manifest,
     Observed,
     Resource,
     has_ended,
@@ -30,14 +31,14 @@ from finetune_operator.stages import Walk, success_message
 
 def decide(resource: Resource, observed: Observed, now: float, context: Context) -> Decision:
     """The next step for this resource."""
-    if resource.deleting:
+    if resource.deleting or resource.spec.get("managedBy") not in (None, CONTROLLER):
         return Decision(resource.status)
     resource = replace(resource, status=without_the_future(resource.status, now))
     try:
         spec = parse_spec(resource.spec)
     except InvalidManifestError as error:
         if is_finished(resource.status):
-            return Decision(resource.status, change=_stop_all(observed))
+            return Decision(resource.status, **_stop_all(observed))
         if resource.status.start_time is not None:
             return _leave_alone(resource, now, str(error))
         return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))
@@ -57,12 +58,19 @@ def give_up(resource: Resource, observed: Observed, now: float, reason: Reason, 
     if reason is Reason.INVALID_SPEC:
         draft.conditions.set(ConditionType.ACCEPTED, False, reason, message)
     draft.fail(FailureStatus(stage=None, reason=reason, message=shorten(message)))
-    return Decision(draft.status(), change=_stop_all(observed), events=draft.events)
+    return Decision(draft.status(), events=draft.events, **_stop_all(observed))
 
 
-def _stop_all(observed: Observed) -> dict[Stage, Manifest]:
-    running = [stage for stage, job in observed.jobs.items() if not has_ended(job) and not is_suspended(job)]
-    return {stage: suspension(True) for stage in running}
+def _stop_all(observed: Observed) -> dict[str, Any]:
+    """As parts of a Decision. Kueue would let a Job that it has admitted run again: such a one is deleted."""
+    active = {
+        stage: job
+        for stage, job in observed.jobs.items()
+        if not has_ended(job) and "deletionTimestamp" not in job["metadata"]
+    }
+    queued = [stage for stage, job in active.items() if is_queued(job)]
+    running = [stage for stage, job in active.items() if not is_queued(job) and not is_suspended(job)]
+    return {"change": {stage: suspension(True) for stage in running}, "restart": queued}
 
 
 def _leave_alone(resource: Resource, now: float, message: str) -> Decision:
@@ -96,9 +104,9 @@ def _after_the_end(resource: Resource, spec: FineTuneJobSpec, observed: Observed
     stop = _stop_all(observed)
     lifetime, ended = spec.limits.ttl_seconds_after_finished, parse_time(status.completion_time)
     if lifetime is None or ended is None:
-        return Decision(status, change=stop)
+        return Decision(status, **stop)
     left = ended + lifetime - now
-    return Decision(status, delete=True) if left <= 0 else Decision(status, change=stop, requeue_after=left)
+    return Decision(status, delete=True) if left <= 0 else Decision(status, requeue_after=left, **stop)
 
 
 def _note_suspension(draft: Draft, spec: FineTuneJobSpec) -> None:

@@ -25,6 +25,8 @@ class Settings:
     lease_name: str = "finetune-operator"
     http_port: int = 8080
     poll_seconds: float = 5.0
+    kueue: bool = False
+    """Whether Kueue's Workloads may be read, to say why a training waits in its queue."""
     log_level: str = "INFO"
 
     @classmethod
@@ -54,6 +56,7 @@ class Settings:
             identity=text("POD_NAME", cls.identity),
             lease_name=text("LEASE_NAME", cls.lease_name),
             http_port=int(number("HTTP_PORT", cls.http_port)),
+            kueue=text("KUEUE", "false").lower() == "true",
             poll_seconds=number("POLL_SECONDS", cls.poll_seconds),
             log_level=text("LOG_LEVEL", cls.log_level).upper(),
         )

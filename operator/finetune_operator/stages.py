@@ -9,12 +9,13 @@ from finetune_api.progress import Progress, Result
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus, ResultStatus
 
-from finetune_operator.cluster import Event
+from finetune_operator import kueue
 from finetune_operator.conditions import shorten
 from finetune_operator.decision import Context, Decision
-from finetune_operator.diagnose import Trouble, culprit, pod_failure, refusal, stage_failure, waiting_trouble
+from finetune_operator.diagnose import Trouble, culprit, refusal, stage_failure, waiting_trouble
 from finetune_operator.draft import STAGE_SHARE, Draft
 from finetune_operator.evidence import has_outcome
+from finetune_operator.interruptions import note_interruption
 from finetune_operator.observed import (
     Manifest,
     Observed,
@@ -25,6 +26,7 @@ from finetune_operator.observed import (
     format_time,
     has_ended,
     has_failed,
+    is_leaving,
     is_running,
     is_suspended,
     is_suspended_by_us,
@@ -41,6 +43,9 @@ from finetune_operator.sizing import advise, explain
 
 LOOK_AGAIN_SECONDS = 5.0
 """For what no watch tells: Events about a pod that does not start."""
+
+QUEUE_SECONDS = 10.0
+"""Nor does one tell of what a queue says of a Job that waits in it."""
 
 UNKNOWN_LIMIT = {
     True: "how much a GPU has is not known: give resources.gpuMemory to have it compared",
@@ -69,14 +74,20 @@ class Walk:
     draft: Draft
 
     def go(self) -> Decision:
+        if self.spec.suspend:  # what ends now was asked to by the user: no interruption
+            self.draft.set(pod_name=None)
         for stage in Stage:
             if has_outcome(self.draft.status(), stage):
                 continue
             job = self.observed.jobs.get(stage)
             if job is None:
                 return self._begin(stage)
-            if "deletionTimestamp" in job["metadata"]:  # somebody deleted it: it is made again when it is gone
-                self.draft.running(False, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
+            if "deletionTimestamp" in job["metadata"]:  # it is made again when it is gone
+                self._note_lost_job(stage)
+                if any(map(is_running, self.observed.pods.get(stage, ()))):
+                    self._take_leave(stage)
+                else:
+                    self._wait(stage, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
                 return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
             if condition_of(job, "Failed"):
                 return self._fail(stage, job)
@@ -113,10 +124,12 @@ class Walk:
 
     def _begin(self, stage: Stage) -> Decision:
         """Creates the stage's children; in their first moment they wait, as far as the status knows."""
+        self._note_lost_job(stage)
         too_early = self._at_work_later(stage)
         if too_early:  # one writer on the workspace at a time
             self._wait(stage, Reason.POD_STARTING, f"{stage} runs again when {too_early[0]} has stopped")
             return self._decision(restart=too_early, requeue_after=LOOK_AGAIN_SECONDS)
+        self.draft.set(pod_name=None)
         if self.spec.suspend and self._is_queued(stage):
             self._wait(stage, Reason.SUSPENDED_BY_USER, "")
             return self._decision()
@@ -134,6 +147,11 @@ class Walk:
             self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
         self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")
         return self._decision(create=tuple(children))
+
+    def _note_lost_job(self, stage: Stage) -> None:
+        """The Job of a stage that was at work is gone, or goes."""
+        if self.draft.get("pod_name") is not None and self.draft.interruption is None:
+            self.draft.disrupt(stage, Trouble(Reason.DISRUPTED, "its Job was deleted"))
 
     def _fits(self, plan: Plan, resource: Resource) -> bool:
         """Reports the memory plan; a job that cannot fit fails before it asks for a GPU."""
@@ -173,8 +191,7 @@ class Walk:
         pods = self.observed.pods.get(stage, ())
         failures = failures_of(job, pods)
         attempt = min(failures, job["spec"].get("backoffLimitPerIndex", failures)) + 1  # after the last one is no next
-        self._note_failed_attempt(stage, pods, attempt)
-        self.draft.set(attempt=attempt)
+        note_interruption(self.draft, stage, self.observed, attempt)
         if self.spec.suspend and self._is_queued(stage):
             self._wait(stage, Reason.SUSPENDED_BY_USER, "")
             return self._decision(restart=(stage,))
@@ -184,24 +201,54 @@ class Walk:
         starting = [pod for pod in newest if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
         absent = nodes_of(job) - len(newest)
         if running and not starting and not absent:
+            if self.spec.suspend or is_suspended(job) or any(map(is_leaving, newest)):
+                self._take_leave(stage)
+                return self._decision(change=change)
+            self.draft.set(pod_name=newest[0]["metadata"]["name"])
             return self._decision(change=change, requeue_after=self._report(stage, running[0]))
         if not starting and not absent and not _is_tried_again(job, newest) and not self.spec.suspend:
             # its Job has not judged yet how the last pod has ended
-            self.draft.running(False, Reason.BETWEEN_STAGES, f"the {stage} pod has ended")
+            self._between(stage, f"the {stage} pod has ended")
             return self._decision(change=change)
         trouble = self._trouble(starting, absent)
         if trouble is not None and not self.spec.suspend:
             self.draft.trouble(trouble.reason, trouble.message, key=f"{stage}-{attempt}")
             self._enter(WAITING[stage], trouble.message)
         elif is_suspended(job) and not self.spec.suspend and not is_suspended_by_us(job):
-            queue = self._queue()
-            where = f"in queue {queue}" if queue else "for the controller that has suspended its Job"
-            self._wait(stage, Reason.QUEUED, f"{stage} waits {where}")
+            self._wait(stage, Reason.QUEUED, f"{stage} waits {self._describe_queue()}")
         else:
-            again = f" again (attempt {attempt})" if attempt > 1 else ""
+            again = f" again (attempt {attempt})" if attempt > 1 else " again" if self.draft.interruption else ""
             some = f": {len(running)} of {nodes_of(job)} pods run" if running else ""
             self._wait(stage, Reason.POD_STARTING, f"{stage} is starting{again}{some}")
-        return self._decision(change=change, requeue_after=None if is_suspended(job) else LOOK_AGAIN_SECONDS)
+        return self._decision(change=change, requeue_after=self._patience(job))
+
+    def _describe_queue(self) -> str:
+        """What a Job waits for that another controller has suspended."""
+        queue = self._queue()
+        if queue is None:
+            return "for the controller that has suspended its Job"
+        words = kueue.why_waiting(self.observed.workload)
+        return f"in queue {queue}: {words}" if words else f"in queue {queue}"
+
+    def _patience(self, job: Manifest) -> float | None:
+        """Seconds until it is worth to look again at a Job that does not run."""
+        if not is_suspended(job):
+            return LOOK_AGAIN_SECONDS
+        return QUEUE_SECONDS if kueue.is_queued(job) and self.context.settings.kueue else None
+
+    def _take_leave(self, stage: Stage) -> None:
+        """Its pods have been told to end, and save what they have: what they still say is heard."""
+        if self.observed.progress is not None and self.observed.progress.stage is stage:
+            self.draft.follow(stage, self.observed.progress)
+        last = self.draft.interruption
+        what = f"{stage} saves and ends: {last.message}" if last else f"{stage} saves and ends"
+        self.draft.running(True, last.reason if last else Reason.POD_RUNNING, what)
+        self._enter(WORKING[stage], what)
+
+    def _between(self, stage: Stage, message: str) -> None:
+        """Nothing runs, and what comes next is not known yet."""
+        self.draft.running(False, Reason.BETWEEN_STAGES, message)
+        self._enter(WORKING[stage], message)
 
     def _trouble(self, starting: Sequence[Manifest], absent: int) -> Trouble | None:
         """Why a pod does not run, or is not even there; None while it is only a matter of time."""
@@ -231,14 +278,6 @@ class Walk:
         if fields:
             patch = {**patch, "spec": {**patch.get("spec", {}), **fields}}
         return {stage: patch} if patch else {}
-
-    def _note_failed_attempt(self, stage: Stage, pods: Sequence[Manifest], attempt: int) -> None:
-        """A Warning when a new attempt follows a failed one: why it is needed."""
-        before, failed = self.draft.get("attempt"), culprit(pods)
-        if before is not None and attempt > before and failed is not None:
-            trouble = pod_failure(failed, stage)
-            message = f"attempt {attempt - 1} of {stage} failed: {trouble.message}"
-            self.draft.events.append(Event("Warning", trouble.reason.value, shorten(message), f"{stage}-{attempt}"))
 
     def _report(self, stage: Stage, pod: Manifest) -> float | None:
         """How far the running stage is, in the words of `pod`; the seconds after which it would count as stalled."""
@@ -274,6 +313,7 @@ class Walk:
 
     def _finish(self, stage: Stage, result: Result) -> None:
         """A stage has ended well."""
+        self.draft.set(pod_name=None)
         self.draft.absorb(result)
         self.draft.at(STAGE_SHARE[stage][1])
         self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")
@@ -308,9 +348,10 @@ class Walk:
 
     def _without_result(self, stage: Stage, job: Manifest) -> Decision:
         """The Job is complete, and no pod is left to tell what it found: the stage is done again."""
-        message = f"the pod of {stage} was deleted before its result was read; {stage} runs again"
-        self.draft.events.append(Event("Warning", Reason.STAGE_FAILED.value, message, key=job["metadata"]["uid"]))
-        self._wait(stage, Reason.POD_STARTING, message)
+        message = "its pod was deleted before its result was read"
+        if self.draft.interruption is None:
+            self.draft.disrupt(stage, Trouble(Reason.DISRUPTED, message))
+        self._wait(stage, Reason.POD_STARTING, f"{stage} runs again: {message}")
         return self._decision(restart=(stage,), requeue_after=LOOK_AGAIN_SECONDS)
 
 

@@ -6,13 +6,12 @@ from finetune_api.constants import ExitCode, Stage
 from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec
 
+from finetune_operator.kueue import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.observed import Manifest, Resource
 from finetune_operator.plans import has_peers
 from finetune_operator.render.metadata import render_metadata
 from finetune_operator.render.pod import CONTAINER, render_pod
 from finetune_operator.settings import Settings
-
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 def _on_exit_code(action: str, code: ExitCode) -> Manifest:
@@ -44,9 +43,9 @@ def render_job(resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: 
     """
     stage = plan.stage
     metadata = render_metadata(resource, resource.child_name(stage), stage)
-    queue = spec.scheduling.queue_name if spec.scheduling else None
-    if stage is Stage.TRAIN and queue is not None:
-        metadata["labels"][QUEUE_LABEL] = queue
+    if stage is Stage.TRAIN and spec.scheduling is not None:
+        kueue = {QUEUE_LABEL: spec.scheduling.queue_name, PRIORITY_LABEL: spec.scheduling.workload_priority_class_name}
+        metadata["labels"] |= {label: value for label, value in kueue.items() if value is not None}
     nodes = plan.device.nodes if stage is Stage.TRAIN else 1
     deadline = spec.limits.active_deadline_seconds
     return {

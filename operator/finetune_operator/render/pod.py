@@ -107,7 +107,8 @@ def _scheduling(spec: FineTuneJobSpec) -> Manifest:
     """The same for all stages, as the workspace's volume may be tied to a node or a zone."""
     if spec.scheduling is None:
         return {}
-    return {key: value for key, value in spec.scheduling.to_dict().items() if key != "queueName"}
+    of_the_job = ("queueName", "workloadPriorityClassName")
+    return {key: value for key, value in spec.scheduling.to_dict().items() if key not in of_the_job}
 
 
 def _pull_secrets(settings: Settings) -> Manifest:

@@ -255,6 +255,11 @@ class TestRun:
         assert cli.main(["run", str(file)]) == 64
         assert "spec.suspend is true" in capsys.readouterr().err
 
+    def test_nor_is_one_of_another_controller(self, file, capsys):
+        file.write_text(MANIFEST + "  managedBy: example.com/fleet\n")
+        assert cli.main(["run", str(file)]) == 64
+        assert "spec.managedBy is example.com/fleet" in capsys.readouterr().err
+
     def test_another_spec_in_the_same_folder_is_refused(self, file, tmp_path, monkeypatch, capsys):
         fake_trainer.install(tmp_path, monkeypatch)
         cli.main(["run", str(file)])

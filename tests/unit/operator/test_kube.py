@@ -8,7 +8,7 @@ from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cluster import Event, NameClashError, RejectedError, UnavailableError
 from finetune_operator.kube import KubeCluster
-from finetune_operator.observed import Key, format_time, suspension
+from finetune_operator.observed import Key, format_time, is_suspended_by_us, suspension
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
 from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
 
@@ -222,6 +222,7 @@ async def test_suspend_is_patched_and_known_at_once(world):
     world.job()
     await world.cluster.change_job(await world.resource(), Stage.TRAIN, suspension(True))
     assert world.fake.objects[JOB]["spec"]["suspend"] is True
+    assert is_suspended_by_us(world.fake.objects[JOB]), "or a queue could not be told from us"
     assert (await world.observed()).jobs[Stage.TRAIN]["spec"]["suspend"] is True
     await world.cluster.change_job(
         await world.resource(), Stage.PUBLISH, suspension(True)

@@ -149,8 +149,9 @@ async def test_a_preempted_node_and_its_victims_cost_nothing(cluster: FakeCluste
     cluster.crash(TRAIN, 75, said=VICTIM, final=False)
     await cluster.settle()
     assert cluster.status.attempt == 1
-    assert (cluster.status.phase, cluster.status.message) == (Phase.QUEUED, "train is starting")
-    assert not [event for event in cluster.events.values() if event.type == "Warning"]
+    assert (cluster.status.phase, cluster.status.message) == (Phase.QUEUED, "train is starting again")
+    assert cluster.status.disruptions == 1
+    assert len([event for event in cluster.events.values() if event.type == "Warning"]) == 1
 
 
 async def test_the_limits_of_several_nodes_change_as_far_as_the_api_server_lets_them(cluster: FakeCluster) -> None:

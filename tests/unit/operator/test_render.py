@@ -11,7 +11,16 @@ from finetune_api.plan import Plan
 from finetune_api.rules import parse_spec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.layout import PodLayout
-from finetune_operator.observed import Key, Manifest, Resource, is_owned_by, job_name_of, manifest_hash_of, stage_of
+from finetune_operator.observed import (
+    Key,
+    Manifest,
+    Resource,
+    is_owned_by,
+    is_suspended_by_us,
+    job_name_of,
+    manifest_hash_of,
+    stage_of,
+)
 from finetune_operator.plans import build_plan
 from finetune_operator.render import render_stage
 from finetune_operator.settings import Settings
@@ -186,12 +195,14 @@ def test_without_a_deadline_there_is_none():
 
 @pytest.mark.parametrize("suspended", [True, False])
 def test_suspend_is_what_the_caller_says_also_in_a_queue(suspended):
-    assert render(suspended=suspended, scheduling={"queueName": "gpus"})["Job"]["spec"]["suspend"] is suspended
+    job = render(suspended=suspended, scheduling={"queueName": "gpus"})["Job"]
+    assert (job["spec"]["suspend"], is_suspended_by_us(job)) == (suspended, suspended)
 
 
 def test_only_training_queues_and_all_stages_run_in_the_same_place():
     scheduling = {
         "queueName": "gpus",
+        "workloadPriorityClassName": "urgent",
         "priorityClassName": "high",
         "nodeSelector": {"zone": "a"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -205,9 +216,14 @@ def test_only_training_queues_and_all_stages_run_in_the_same_place():
     }
     for stage in Stage:
         children = render(stage, scheduling=scheduling)
-        pod, queue = pod_of(children), {"kueue.x-k8s.io/queue-name": "gpus"}
-        assert (queue.items() <= children["Job"]["metadata"]["labels"].items()) == (stage is Stage.TRAIN)
-        assert {key: pod.get(key) for key in scheduling} == scheduling | {"queueName": None}
+        pod = pod_of(children)
+        queue = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "urgent"}
+        found = queue.items() & children["Job"]["metadata"]["labels"].items()
+        assert found == (queue.items() if stage is Stage.TRAIN else set())
+        assert {key: pod.get(key) for key in scheduling} == scheduling | {
+            "queueName": None,
+            "workloadPriorityClassName": None,
+        }
 
 
 # rights
