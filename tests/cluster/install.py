@@ -141,8 +141,8 @@ def dns_outside_pods() -> list[str]:
     return [f"{address}/{128 if ':' in address else 32}" for end in found for address in end["addresses"]]
 
 
-def install_operator(**values: Any) -> None:
-    """Installs or upgrades the chart with this tree's images and waits until both replicas are ready."""
+def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, **values: Any) -> None:
+    """Installs or upgrades the chart with this tree's images and waits until all replicas are ready."""
     settings = {
         "image": {"repository": OPERATOR_IMAGE.repository, "tag": OPERATOR_IMAGE.tag},
         "trainer": {
@@ -154,8 +154,9 @@ def install_operator(**values: Any) -> None:
         "logLevel": "debug",
         **values,
     }
-    apply(_system_namespace())
-    command = ["helm", "upgrade", "--install", RELEASE, str(CHART), "-n", SYSTEM_NAMESPACE, "--wait", "--timeout", "2m"]
+    if namespace == SYSTEM_NAMESPACE:
+        apply(_system_namespace())
+    command = ["helm", "upgrade", "--install", release, str(CHART), "-n", namespace, "--wait", "--timeout", "2m"]
     command.append("--take-ownership")  # somebody may have applied the resource by hand
     try:
         run(*command, "-f", "-", input=json.dumps(settings), timeout=180)

@@ -90,6 +90,7 @@ def test_uninstall_keeps_the_resource_and_its_objects(operator: str, namespace: 
         )
         assert json.loads(left)["items"] == []
         assert (crd_uid(), kit.get_job(namespace, "kept")["metadata"]["uid"]) == uids
+        kit.kubectl("-n", operator, "delete", "lease", install.RELEASE)  # no part of the release: the operator made it
     finally:
         install.install_operator()
     assert (crd_uid(), kit.get_job(namespace, "kept")["metadata"]["uid"]) == uids

@@ -9,11 +9,11 @@ import signal
 from typing import Any
 
 import pytest
-from finetune_api.constants import MASTER_PORT
+from finetune_api.constants import MASTER_PORT, TELEMETRY_PORT
 
 from tests.cluster import kit
 from tests.cluster.test_faults import signal_container, step_of
-from tests.cluster.test_isolation import LISTEN, probe
+from tests.cluster.test_isolation import PORT, expect, listening
 from tests.cluster.test_jobs import wait_until_gone
 from tests.cluster.workbench import Workbench, long_classification, tiny_generation
 
@@ -70,20 +70,21 @@ def test_two_pods_find_each_other_by_name_and_reach_nobody_else(bench: Workbench
     assert service is not None and service["spec"]["clusterIP"] == "None"
 
     api = json.loads(kit.kubectl("get", "service", "kubernetes", "-o", "json"))["spec"]
-    with bench.helper("stranger", {"models": "/models"}) as stranger:
-        for pod in (first["metadata"]["name"], stranger):
-            command = f'cd /tmp && nohup python -c "{LISTEN.replace("(8000, 9400)", "(8000,)")}" >/dev/null 2>&1 &'
-            kit.kubectl("-n", bench.namespace, "exec", pod, "--", "sh", "-c", command)
-        address = kit.pod_ip(stranger, bench.namespace)
-
-        def peers_meet() -> bool:
-            return probe(bench, second["metadata"]["name"], {"peer": (master, 8000)})["peer"]
-
-        kit.wait_until(peers_meet, 20, "the second pod reaches the first one by its name")
-        assert probe(bench, stranger, {"itself": (address, 8000)})["itself"]
-        outside = {"API server": (api["clusterIP"], 443), "another pod": (address, 8000)}
-        assert set(probe(bench, second["metadata"]["name"], outside).values()) == {False}
-        assert probe(bench, stranger, {"first": (first["status"]["podIP"], 8000)}) == {"first": False}
+    with (
+        bench.helper("stranger", {}) as stranger,
+        listening(bench, stranger, PORT),
+        listening(bench, first["metadata"]["name"], PORT),
+    ):
+        address, peer = kit.pod_ip(stranger, bench.namespace), first["status"]["podIP"]
+        others = {
+            "peer by its name": (master, PORT),
+            "peer's telemetry": (peer, TELEMETRY_PORT),
+            "API server": (api["clusterIP"], 443),
+            "stranger": (address, PORT),
+        }
+        expect(bench, second["metadata"]["name"], others, {"peer by its name", "peer's telemetry"})
+        theirs = {"itself": (address, PORT), "peer": (peer, PORT), "peer's telemetry": (peer, TELEMETRY_PORT)}
+        expect(bench, stranger, theirs, {"itself"})
     bench.delete(name)
     wait_until_gone(bench.namespace, name, timeout=150)
 
