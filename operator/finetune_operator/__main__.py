@@ -57,7 +57,12 @@ class Operator:
         self._election = LeaderElection(api, settings.operator_namespace, settings.lease_name, identity)
         self._poller = ProgressPoller(self._store, self._queue.add, settings.poll_seconds)
         self._cluster = KubeCluster(
-            api, self._store, self._election.seconds_to_write, self._poller.progress_of, identity
+            api,
+            self._store,
+            self._election.seconds_to_write,
+            self._poller.progress_of,
+            identity,
+            reads_workloads=settings.kueue,
         )
         self._context = Context(settings, PodLayout())
         self._metrics = Metrics(

@@ -23,16 +23,19 @@ from finetune_operator.cluster import (
     UnavailableError,
 )
 from finetune_operator.diagnose import waiting_trouble
+from finetune_operator.inquiries import Inquiries
+from finetune_operator.kueue import is_queued
 from finetune_operator.observed import (
     Key,
     Manifest,
     Observed,
     Resource,
-    condition_of,
     format_time,
+    has_ended,
     index_of,
     is_owned_by,
     is_running,
+    is_suspended,
     manifest_hash_of,
     newest_of_each_node,
     nodes_of,
@@ -56,17 +59,14 @@ REPLACEABLE = ("ConfigMap", "NetworkPolicy", "Service")
 """What is brought up to date when it is created once more and would be another one today; the rest is immutable."""
 
 QUIET_START_SECONDS = 5.0
-"""What has waited for longer is asked for its events..."""
-
-EVENTS_SECONDS = 5.0
-"""...at most this often."""
+"""What has waited for longer is asked for its events."""
 
 MAX_EVENT_MESSAGE = 1024
 
 
 class KubeCluster:
     """`seconds_to_write` is asked before each write: how long it may take; it raises if there may be none.
-    `progress_of` gives the newest word of the pod with that uid."""
+    `progress_of` gives the newest word of the pod with that uid. `reads_workloads`: whether Kueue's may be read."""
 
     def __init__(
         self,
@@ -75,13 +75,16 @@ class KubeCluster:
         seconds_to_write: Callable[[], float],
         progress_of: Callable[[str], Progress | None],
         identity: str = FIELD_MANAGER,
+        *,
+        reads_workloads: bool = False,
     ) -> None:
         self._api = api
         self._store = store
         self._seconds_to_write = seconds_to_write
         self._progress_of = progress_of
         self._identity = identity
-        self._events: dict[str, tuple[float, Sequence[Manifest]]] = {}  # by uid: when asked, answer
+        self._reads_workloads = reads_workloads
+        self._inquiries = Inquiries(api)
 
     # --- reading
 
@@ -107,6 +110,7 @@ class KubeCluster:
             jobs=jobs,
             pods=pods,
             progress=self._progress(current, newest) if current else None,
+            workload=await self._workload_of(jobs.get(Stage.TRAIN)),
             events=await self._events_of(_waiting(jobs[current], newest)) if current else (),
         )
 
@@ -123,22 +127,16 @@ class KubeCluster:
         """Why a pod does not start or is not made, in the words of those who should do it."""
         if waiting is None:
             return ()
-        metadata = waiting["metadata"]
-        created = parse_time(metadata.get("creationTimestamp"))
+        created = parse_time(waiting["metadata"].get("creationTimestamp"))
         if created is None or 0 <= time.time() - created < QUIET_START_SECONDS:
             return ()
-        asked, events = self._events.get(metadata["uid"], (None, ()))
-        if asked is not None and time.monotonic() - asked < EVENTS_SECONDS:
-            return events
-        try:
-            selector = {"fieldSelector": f"involvedObject.uid={metadata['uid']}"}
-            events, _ = await self._api.list_all(api_path("v1", "events", metadata["namespace"]), selector)
-        except ApiError as error:  # a help for people, not worth a failed reconcile
-            logger.warning("Cannot read the events of %s: %s", metadata["name"], error)
-        events = sorted(events, key=_last_seen)
-        self._events = {uid: entry for uid, entry in self._events.items() if _is_fresh(entry)}
-        self._events[metadata["uid"]] = (time.monotonic(), events)
-        return events
+        return await self._inquiries.events_about(waiting)
+
+    async def _workload_of(self, job: Manifest | None) -> Manifest | None:
+        """What Kueue says of a Job that it does not let run."""
+        if job is None or not self._reads_workloads or not is_queued(job) or not is_suspended(job) or has_ended(job):
+            return None
+        return await self._inquiries.workload_of(job)
 
     async def refresh(self, key: Key) -> None:
         for kind in KINDS:
@@ -345,23 +343,14 @@ def _waiting(job: Manifest, pods: Sequence[Manifest]) -> Manifest | None:
     pending = [pod for pod in newest if (pod.get("status") or {}).get("phase") == "Pending"]
     if pending:
         return next((pod for pod in pending if waiting_trouble(pod) is None), None)
-    has_ended = condition_of(job, "Complete") or condition_of(job, "Failed")
-    return None if has_ended or job["spec"].get("suspend") or len(newest) == nodes_of(job) else job
+    return None if has_ended(job) or is_suspended(job) or len(newest) == nodes_of(job) else job
 
 
 def _age_order(pod: Manifest) -> tuple[str, str]:
     """Of pods made in the same second the one that has ended is the older: its successor comes after its end."""
-    has_ended = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    is_over = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
     end = (terminated(pod) or {}).get("finishedAt") or ""
-    return pod["metadata"].get("creationTimestamp", ""), end if has_ended else "alive"
-
-
-def _last_seen(event: Manifest) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp", ""))
-
-
-def _is_fresh(entry: tuple[float, Sequence[Manifest]]) -> bool:
-    return time.monotonic() - entry[0] < EVENTS_SECONDS
+    return pod["metadata"].get("creationTimestamp", ""), end if is_over else "alive"
 
 
 def _is_of_predecessor(existing: Manifest, resource: Resource) -> bool:

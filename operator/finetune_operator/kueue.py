@@ -12,6 +12,9 @@ from finetune_api.constants import Reason
 from finetune_operator.diagnose import Trouble
 
 GROUP = "kueue.x-k8s.io"
+API_VERSIONS = (f"{GROUP}/v1beta2", f"{GROUP}/v1beta1")
+"""The newest first; what is read here is the same in both."""
+
 QUEUE_LABEL = f"{GROUP}/queue-name"
 PRIORITY_LABEL = f"{GROUP}/priority-class"
 JOB_UID_LABEL = f"{GROUP}/job-uid"

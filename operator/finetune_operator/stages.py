@@ -228,6 +228,8 @@ class Walk:
         if queue is None:
             return "for the controller that has suspended its Job"
         words = kueue.why_waiting(self.observed.workload)
+        if words is None and not self.context.settings.kueue:
+            words = "why is not known, for the chart's value kueue.enabled is off"
         return f"in queue {queue}: {words}" if words else f"in queue {queue}"
 
     def _patience(self, job: Manifest) -> float | None:

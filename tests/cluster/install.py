@@ -141,6 +141,11 @@ def dns_outside_pods() -> list[str]:
     return [f"{address}/{128 if ':' in address else 32}" for end in found for address in end["addresses"]]
 
 
+def can_have_kueue() -> bool:
+    """Whether the tests of queues can run: Kueue is there, or can be installed."""
+    return bool(os.environ.get(CLUSTER_TOOL)) or get("crd", "workloads.kueue.x-k8s.io", "default") is not None
+
+
 def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, **values: Any) -> None:
     """Installs or upgrades the chart with this tree's images and waits until all replicas are ready."""
     settings = {
@@ -151,6 +156,7 @@ def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, 
         },
         "resources": {"requests": {"cpu": "20m", "memory": "96Mi"}, "limits": {"memory": "384Mi"}},
         "pollSeconds": 2,
+        "kueue": {"enabled": can_have_kueue()},
         "logLevel": "debug",
         **values,
     }

@@ -41,6 +41,7 @@ EVERYTHING: Values = {
     },
     "logLevel": "debug",
     "pollSeconds": 2.5,
+    "kueue": {"enabled": True},
     "serviceAccount": {"name": "tuner", "annotations": {"example.com/role": "x"}},
     "podDisruptionBudget": {"maxUnavailable": "50%"},
     "networkPolicy": {
@@ -156,6 +157,16 @@ def test_cluster_scope_has_one_cluster_role_without_secrets() -> None:
         "events": {"list", "create"},
     }
     assert environment(objects)["FINETUNE_WATCH_NAMESPACES"] == ""
+
+
+@needs_helm
+@pytest.mark.parametrize("namespaces", [[], ["team-a"]], ids=["everywhere", "in a namespace"])
+def test_kueues_workloads_are_read_where_the_values_say_so_and_nowhere_else(namespaces: list[str]) -> None:
+    role = ("Role", "team-a/finetune-operator") if namespaces else ("ClusterRole", "finetune-operator")
+    for enabled in (True, False):
+        objects = render({"watchNamespaces": namespaces, "kueue": {"enabled": enabled}})
+        assert (("workloads", "list") in allowed(objects[role])) == enabled
+        assert Settings.from_environment(environment(objects)).kueue is enabled
 
 
 @needs_helm

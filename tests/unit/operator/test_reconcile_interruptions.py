@@ -6,9 +6,12 @@ import pytest
 from finetune_api.constants import CONTROLLER, Phase, Reason, Stage
 from finetune_api.progress import Outcome, Result
 from finetune_operator.cluster import ForbiddenError
+from finetune_operator.decision import Context
+from finetune_operator.layout import PodLayout
 from finetune_operator.observed import Manifest
+from finetune_operator.settings import Settings
 
-from tests.fake_cluster import SPEC, FakeCluster
+from tests.fake_cluster import CONTEXT, SPEC, FakeCluster
 
 TRAIN = Stage.TRAIN
 SAVED = Result(stage=TRAIN, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message="saved", step=52)
@@ -271,7 +274,8 @@ def workload(**messages: str) -> Manifest:
 
 @pytest.fixture
 async def queued(cluster: FakeCluster) -> FakeCluster:
-    """Training waits in its queue."""
+    """Training waits in its queue, and the operator may read why."""
+    cluster.context = Context(Settings(kueue=True), PodLayout())
     cluster.edit(scheduling={"queueName": "team-queue", "workloadPriorityClassName": "low"})
     await cluster.pass_through(Stage.PREPARE)
     cluster.jobs[TRAIN]["spec"]["suspend"] = True  # Kueue's webhook
@@ -289,6 +293,12 @@ async def test_a_queued_training_says_why_it_waits(queued: FakeCluster) -> None:
     writes = queued.status_writes
     await queued.turn(600)
     assert queued.status_writes == writes
+
+
+async def test_where_the_operator_may_not_read_why_it_says_what_would_let_it(queued: FakeCluster) -> None:
+    queued.context = CONTEXT
+    assert await queued.turn() is None, "there is nothing to look for"
+    assert "kueue.enabled" in queued.status.message
 
 
 async def test_what_kueue_checks_and_what_it_has_given_up_is_told(queued: FakeCluster) -> None:
