@@ -282,4 +282,4 @@ INVALID = BOUNDS + RULES
 UNKNOWN_FIELDS = [
     Invalid(f"unknown {path}", {path: 1}, field=f"spec.{path}", words=f'unknown field "spec.{path}"', our_words="unknown field")
     for path in ("epochs", "model.url", "training.lr", "training.learning_rate", "method.lora.r", "resources.gpu", "scheduling.affinity.nodes")
-]  # fmt: skip
+] + [Invalid("unknown field that is null", {"training.lr": None}, field="spec.training.lr", words='unknown field "spec.training.lr"', our_words="unknown field")]  # fmt: skip

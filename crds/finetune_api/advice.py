@@ -3,10 +3,9 @@
 import difflib
 import json
 import re
-from functools import cache
 from typing import Any
 
-from finetune_api.crd import custom_resource_definition
+from finetune_api.crd import resource_schema
 from finetune_api.kubernetes import NAME
 
 Path = tuple[str | int, ...]
@@ -97,15 +96,9 @@ def _is_quantity(path: Path) -> bool:
     return "x-kubernetes-int-or-string" in _schema(path)
 
 
-@cache
-def _root() -> dict[str, Any]:
-    schema: dict[str, Any] = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    return schema
-
-
 def _schema(path: Path) -> dict[str, Any]:
     """The schema's node at this path, empty if it has none."""
-    node = _root()
+    node = resource_schema()
     for part in path:
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part) or node.get("additionalProperties", {})
     return node

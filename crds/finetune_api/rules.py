@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from finetune_api.advice import Path, dotted, explain, explain_uri
 from finetune_api.base import Document, Rule
+from finetune_api.crd import Schema, resource_schema
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.uri import URI_FORM
 from finetune_api.v1alpha1 import FineTuneJob
@@ -85,21 +86,28 @@ def parse_spec(spec: dict[str, Any]) -> FineTuneJobSpec:
 
 
 def _parse(model: type[M], document: dict[str, Any], path: Path) -> M:
+    schema = resource_schema()["properties"]["spec"] if path else resource_schema()
     try:
-        return model.model_validate_json(json.dumps(_as_sent(document), default=str), strict=True, by_alias=True, by_name=False)
+        return model.model_validate_json(json.dumps(_as_sent(document, schema), default=str), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         places = [(e, (*path, *e["loc"])) for e in error.errors(include_url=False)]
         raise InvalidManifestError([Finding(dotted(place), explain(e, place)) for e, place in places]) from None
 
 
-def _as_sent(value: Any) -> Any:
+def _as_sent(value: Any, node: Schema) -> Any:
     """The value as it reaches the API server's checks: kubectl sends 2.0 as 2, what has more than 64 bits is no
-    integer, and `key: null` counts as left out.
+    integer, and `key: null` counts as left out, but for a field that `node`, the schema, does not know.
     """
     if isinstance(value, dict):
-        return {key: _as_sent(inner) for key, inner in value.items() if inner is not None}
+        fields = node.get("properties")
+        others = node.get("additionalProperties", {})
+        return {
+            key: _as_sent(inner, (fields or {}).get(key, others))
+            for key, inner in value.items()
+            if inner is not None or (fields is not None and key not in fields)
+        }
     if isinstance(value, list):
-        return [_as_sent(inner) for inner in value]
+        return [_as_sent(inner, node.get("items", {})) for inner in value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return float(str(value)) if type(value) is int and abs(value) >= 2**63 else value
