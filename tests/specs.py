@@ -108,7 +108,7 @@ EVERYTHING: Changes = {
                    "gate": {"metric": "macroF1", "minimum": 0.8, "minimumGain": 0.1}},
     "resources": {
         "gpus": 16, "gpuMemory": "80Gi", "gpuResource": "nvidia.com/mig-1g.10gb", "nodes": 64, "allowCpuFallback": True,
-        "requests": {"cpu": "2", "memory": "8Gi", "example.com/nic": "1"}, "limits": {"cpu": "2000m", "memory": "8.5Gi"},
+        "requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"cpu": "2000m", "memory": "8.5Gi", "example.com/nic": "1"},
         "prepare": {"requests": {"memory": "1e9"}, "limits": {"memory": "1Gi", "ephemeral-storage": "0"}},
     },
     "scheduling": {
@@ -194,6 +194,8 @@ VALID = [
         {"uri": "s3://bucket/" + "x" * 1000} for _ in range(32)]}),
     Valid("exactly a tenth to train on", {"dataset.validation.fraction": 0.1, "dataset.test.fraction": 0.8}),
     Valid("whole numbers for decimals", {"training": {"epochs": 3, "learningRate": 1, "weightDecay": 1}}),
+    Valid("longest names", {"output": {"uri": f"pvc://{'a' * 253}/b", "secretRef": {"name": "b" * 253}}}),
+    Valid("limits of other resources", {"resources.limits": {"example.com/nic": "2", "hugepages-2Mi": "1Gi", "cpu": "0.5"}}),
     Valid("numbers for quantities", {"workspace.size": 1073741824, "resources.requests": {"cpu": 4}}),
     Valid("NF4 on as many GPUs as it takes", {"method": {"lora": {"quantization": "NF4"}}, "resources": {"gpuMemory": "24Gi"}}),
     Valid("as many GPUs as it takes", {"resources": {"gpuMemory": "24Gi"}}),

@@ -24,6 +24,7 @@ RULES = [
             "pvc://claim/",
             "pvc://claim//etc/passwd",
             "pvc://My_Claim/file",
+            "pvc://my..claim/file",
             "configmap://name/a/b",
             "file://",
         )
@@ -79,6 +80,8 @@ RULES = [
             field="spec.model.revision", words="revision is for hf:// only"),
     Invalid("output without a scheme", {"output.uri": "bucket/path"}, field="spec.output.uri",
             words="expected one of hf://owner/name"),
+    Invalid("claim with a long name", {"output.uri": f"pvc://{'a' * 254}/b"}, field="spec.output.uri",
+            words="the name of a claim has at most 253 characters"),
     Invalid("output beside its folder", {"output.uri": "pvc://claim/a/../.."}, field="spec.output.uri",
             words="a path may not contain '..'"),
     Invalid("output with a password", {"output.uri": "https://me:secret@host/file"}, field="spec.output.uri",
@@ -211,6 +214,18 @@ RULES = [
     Invalid("request of prepare above the limit",
             {"resources.prepare": {"requests": {"cpu": 2}, "limits": {"cpu": "1900m"}}},
             field="spec.resources.prepare.requests", words="a request may not be greater than the limit"),
+    *(
+        Invalid(f"device that {part} asks for", {f"{part}.requests": {"example.com/nic": 1}}, field=f"spec.{part}.requests",
+                words="name other resources in limits")
+        for part in ("resources", "resources.prepare")
+    ),
+    *(
+        Invalid(f"limit of {name} in {part}: {amount}", {f"{part}.limits": {name: amount}}, field=f"spec.{part}.limits",
+                words="or a whole number of a resource that a device plugin names")
+        for part, name, amount in (
+            ("resources", "nic", 1), ("resources", "$(id)", 1), ("resources.prepare", "example.com/nic", "0.5"),
+            ("resources.prepare", "example.com/nic", "1k"), ("resources.prepare", "example..com/nic", 1))
+    ),
     Invalid("GPUs as requests", {"resources.requests": {"nvidia.com/gpu": 1}}, field="spec.resources.requests",
             words="GPUs are asked for with resources.gpus"),
     Invalid("GPUs as limits", {"resources": {"gpuResource": "amd.com/gpu", "limits": {"amd.com/gpu": 1}}},

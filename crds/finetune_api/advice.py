@@ -61,7 +61,7 @@ def _expected(error: Any, path: Path) -> str:
     if _is_quantity(path) and kind != "string_too_long":
         return "expected a Kubernetes quantity such as 500m or 16Gi"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME:
-        return "expected a name of a-z, 0-9, '-' and '.', with a letter or digit at both ends"
+        return "expected a name of a-z, 0-9, '-' and '.', with a letter or digit at both ends and beside every '.'"
     if kind == "list_type":
         return "expected a list"
     if kind in ("model_type", "dict_type"):

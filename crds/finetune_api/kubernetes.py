@@ -9,8 +9,12 @@ from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from finetune_api.base import Document, Rule
 
-NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
-QUANTITY = "^([0-9]+|[0-9]*[.][0-9]+)([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
+# What the API server would refuse in a child of the last stages must not be found out after a training.
+_DNS_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_DOMAIN = f"{_DNS_LABEL}([.]{_DNS_LABEL})*"
+_QUALIFIED = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+NAME = f"^{_DOMAIN}$"
+QUANTITY = "^([0-9]+|[0-9]*[.][0-9]+)([eE][-+]?[0-9]{1,2}|[numkMGTPE]|[KMGTPE]i)?$"
 Quantity = Annotated[
     str,
     StringConstraints(pattern=QUANTITY, max_length=32),
@@ -18,9 +22,9 @@ Quantity = Annotated[
     WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32, "minimum": 0}),
 ]
 Name = Annotated[str, StringConstraints(pattern=NAME, max_length=253)]
-LabelKey = Annotated[
-    str, StringConstraints(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=317)
-]
+LabelKey = Annotated[str, StringConstraints(pattern=f"^({_DOMAIN}/)?{_QUALIFIED}$", max_length=317)]
+RESOURCE_NAME = f"^{_DOMAIN}/{_QUALIFIED}$"
+ResourceName = Annotated[str, StringConstraints(pattern=RESOURCE_NAME, max_length=317)]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
 Quantities = Annotated[dict[str, Quantity], Field(max_length=16)]
 Labels = Annotated[dict[str, LabelValue], Field(max_length=32)]
@@ -30,7 +34,13 @@ class LocalReference(Document):
     name: Name = Field(description="Name of an object in the job's own namespace.")
 
 
+# Others cannot be promised to more than one, so a limit is all that Kubernetes takes; with it comes the request.
 RESOURCE_RULES = (
+    Rule("!has(self.requests) || self.requests.all(name, name in ['cpu', 'memory', 'ephemeral-storage'])",
+         "a request is one of cpu, memory and ephemeral-storage; name other resources in limits, which are their requests as well", "requests"),
+    Rule("!has(self.limits) || self.limits.all(name, name in ['cpu', 'memory', 'ephemeral-storage'] "
+         f"|| name.startsWith('hugepages-') || name.matches('{RESOURCE_NAME}') && string(self.limits[name]).matches('^[0-9]+$'))",
+         "a limit is one of cpu, memory, ephemeral-storage and hugepages-<size>, or a whole number of a resource that a device plugin names, such as example.com/nic", "limits"),
     Rule("!has(self.requests) || !has(self.limits) || self.requests.all(name, !(name in self.limits) "
          "|| !quantity(string(self.requests[name])).isGreaterThan(quantity(string(self.limits[name]))))",
          "a request may not be greater than the limit of the same name", "requests"),

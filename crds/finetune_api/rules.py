@@ -99,12 +99,12 @@ def _as_sent(value: Any, node: Schema) -> Any:
     integer, and `key: null` counts as left out, but for a field that `node`, the schema, does not know.
     """
     if isinstance(value, dict):
-        fields = node.get("properties")
-        others = node.get("additionalProperties", {})
+        fields: Schema = node.get("properties", {})
+        others: Schema = node.get("additionalProperties", {})
         return {
-            key: _as_sent(inner, (fields or {}).get(key, others))
+            key: _as_sent(inner, fields.get(key, others))
             for key, inner in value.items()
-            if inner is not None or (fields is not None and key not in fields)
+            if inner is not None or (fields and key not in fields)
         }
     if isinstance(value, list):
         return [_as_sent(inner, node.get("items", {})) for inner in value]

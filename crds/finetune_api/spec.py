@@ -14,12 +14,12 @@ from finetune_api.kubernetes import (
     NAME,
     RESOURCE_RULES,
     Affinity,
-    LabelKey,
     Labels,
     LocalReference,
     Name,
     Quantities,
     Quantity,
+    ResourceName,
     ResourceRequirements,
     Toleration,
 )
@@ -242,7 +242,7 @@ class ResourcesSpec(Document):
     gpu_memory: Quantity | None = Field(
         None, description="Memory of one GPU, for example 80Gi. A job that needs more is refused before a GPU is asked for. Left out: not known, nothing is refused."
     )
-    gpu_resource: LabelKey = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
+    gpu_resource: ResourceName = Field("nvidia.com/gpu", description="Name of the GPU resource on the nodes.")
     nodes: int = Field(
         1, ge=1, le=64, description="Pods that train together, each with its own GPUs and its own requests and limits; with GPUs for a whole node, so many nodes. "
         "More than 1 needs a workspace that all of them can mount: workspace.accessMode ReadWriteMany, or a claimName."

@@ -36,7 +36,8 @@ def uri_rules(output: bool = False) -> tuple[Rule, ...]:
              "file:// works only with `finetune run`; in a cluster use pvc://, s3://, gs://, az://, https://, hf:// or configmap://",
              "uri", cluster_only=True),
     ]
-    if output:
+    if output:  # a source's claim that cannot be is found out by prepare's Job
+        rules.append(Rule("!has(self.uri) || !self.uri.matches('^pvc://[^/]{254}')", "the name of a claim has at most 253 characters", "uri"))
         rules.append(Rule("!has(self.uri) || !self.uri.matches('^(https|configmap)://')",
                           "an output cannot be written to https:// or configmap://; use s3://, gs://, az://, hf:// or pvc://", "uri"))
     return tuple(rules)

@@ -332,7 +332,7 @@ def _bytes(quantity: str | None) -> int | None:
     if quantity is None:
         return None
     try:
-        return int(min(parse_quantity(quantity), LARGEST))  # an int of 1e999999 would take the machine's memory
+        return int(min(parse_quantity(quantity), LARGEST))  # more than that says no more
     except ValueError:
         return None
 
