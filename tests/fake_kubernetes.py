@@ -5,6 +5,7 @@ uid is 422, a delete with a wrong uid is 409; an update of /status changes nothi
 """
 
 import json
+import random
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -33,6 +34,9 @@ class FakeKubernetes:
         """Of all requests, as they were sent."""
         self._version = 0
 
+    def now(self) -> str:
+        return "2026-01-01T00:00:00Z"
+
     def put(self, path: str, body: Manifest) -> Manifest:
         """Stores an object as if somebody else had written it."""
         self._version += 1
@@ -40,14 +44,19 @@ class FakeKubernetes:
         metadata = {
             **(body.get("metadata") or {}),
             "resourceVersion": str(self._version),
-            "uid": old["metadata"]["uid"] if old else str(uuid.uuid4()),
+            "uid": old["metadata"]["uid"] if old else str(uuid.UUID(int=random.getrandbits(128))),
         }
         metadata.setdefault("name", path.rsplit("/", 1)[-1])
-        metadata.setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
+        metadata.setdefault("creationTimestamp", self.now())
         if "/namespaces/" in path:
             metadata.setdefault("namespace", re.findall("/namespaces/([^/]+)", path)[0])
         self.objects[path] = {**body, "metadata": metadata}
         return self.objects[path]
+
+    def remove(self, path: str) -> Manifest:
+        """Deletes an object as if somebody else had done it."""
+        self._version += 1
+        return self.objects.pop(path)
 
     def writes(self) -> list[tuple[str, str]]:
         return [(method, path) for method, path, _ in self.requests if method != "GET"]
@@ -129,18 +138,18 @@ class FakeKubernetes:
         if body["propagationPolicy"] == "Foreground":
             known = self.objects[path]
             return self.put(path, {**known, "metadata": {**known["metadata"], "deletionTimestamp": "now"}})
-        del self.objects[path]
+        self.remove(path)
         return {"kind": "Status", "code": 200}
 
 
 def is_selected(body: Manifest, query: Mapping[str, str]) -> bool:
-    """By `labelSelector` (one label, with or without a value) and by a `fieldSelector` for the name."""
+    """By a `labelSelector` of one label, with or without a value, and a `fieldSelector` of two parts."""
     label, _, value = query.get("labelSelector", "").partition("=")
     labels = body["metadata"].get("labels") or {}
-    field, _, name = query.get("fieldSelector", "").partition("=")
-    return (not label or (label in labels and value in ("", labels[label]))) and (
-        field != "metadata.name" or name == body["metadata"]["name"]
-    )
+    field, _, wanted = query.get("fieldSelector", "").partition("=")
+    group, _, name = field.partition(".")
+    found = (body.get(group) or {}).get(name, wanted)
+    return (not label or (label in labels and value in ("", labels[label]))) and found == wanted
 
 
 def collections_of(path: str) -> tuple[str, str]:

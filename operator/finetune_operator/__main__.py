@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 
 from finetune_api.constants import GROUP, KIND, PLURAL, VERSION
 from kubernetes.aio.config import ConfigException
@@ -47,15 +48,15 @@ class WatchesEndedError(Exception):
 class Operator:
     """One replica."""
 
-    def __init__(self, settings: Settings, api: ApiServer) -> None:
+    def __init__(self, settings: Settings, api: ApiServer, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._api = api
         self._store = Store()
         self._queue: WorkQueue[Key] = WorkQueue()
         self._informer = Informer(api, self._store, settings.watch_namespaces)
         identity = _identity(settings)
-        self._election = LeaderElection(api, settings.operator_namespace, settings.lease_name, identity)
-        self._poller = ProgressPoller(self._store, self._queue.add, settings.poll_seconds)
+        self._election = LeaderElection(api, settings.operator_namespace, settings.lease_name, identity, clock)
+        self._poller = ProgressPoller(self._store, self._queue.add, settings.poll_seconds, clock=clock)
         self._cluster = KubeCluster(
             api,
             self._store,

@@ -18,10 +18,19 @@ from finetune_api.status import (
 from finetune_operator.cluster import Event
 from finetune_operator.conditions import Conditions, shorten
 from finetune_operator.diagnose import Trouble
-from finetune_operator.observed import Resource, format_time
+from finetune_operator.observed import Resource, format_time, parse_time
 
 STAGE_SHARE = {Stage.PREPARE: (0, 10), Stage.TRAIN: (10, 95), Stage.PUBLISH: (95, 99)}
 """Percent of the whole job that a stage stands for; 100 is reserved for success."""
+
+
+OLDEST_WORD_SECONDS = 60.0
+"""A trainer is asked every few seconds; what it said longer ago is not known any more."""
+
+
+def _percentage(stage: Stage, progress: Progress) -> int:
+    start, end = STAGE_SHARE[stage]
+    return start + int((end - start) * progress.fraction)
 
 
 def format_duration(seconds: float) -> str:
@@ -142,10 +151,21 @@ class Draft:
             known = {"resumed_from_step": begun, "lost_steps": max(0, reached - begun)}
             self.set(last_interruption=last.model_copy(update=known))
 
+    def is_behind(self, stage: Stage, progress: Progress) -> bool:
+        """Whether the status knows more of the same pod: it was written by another replica that has asked it later.
+
+        What is known from a time that no word of that pod can be from was not said by it: then its word counts.
+        """
+        known: ProgressStatus | None = self.get("progress")
+        if known is None or self._old.pod_name != self.get("pod_name"):
+            return False
+        earlier = (parse_time(known.last_updated_time) or 0.0) - int(progress.updated_at)
+        steps = (progress.step or 0, known.step or 0) if progress.step is not None else (0, 0)
+        is_less = (_percentage(stage, progress), steps[0]) < (known.percentage, steps[1])
+        return is_less and 0 <= earlier < OLDEST_WORD_SECONDS
+
     def follow(self, stage: Stage, progress: Progress) -> None:
         """Takes over what a running trainer says. After a crash it may be less than before: that is the truth."""
-        start, end = STAGE_SHARE[stage]
-        percentage = start + int((end - start) * progress.fraction)
         old: ProgressStatus | None = self.get("progress")
         remaining = progress.estimated_remaining_seconds
         kept = old if old is not None and progress.step is None else None
@@ -153,7 +173,7 @@ class Draft:
             self._count_lost_steps((old and old.step) or 0, progress)
         self.set(
             progress=ProgressStatus(
-                percentage=percentage,
+                percentage=_percentage(stage, progress),
                 step=kept.step if kept else progress.step,
                 total_steps=kept.total_steps if kept else progress.total_steps,
                 epoch=kept.epoch if kept else decimal(progress.epoch),
@@ -239,7 +259,7 @@ class Draft:
             self.events.append(Event("Warning", failure.reason.value, shorten(message), key="Failed"))
         progress: ProgressStatus | None = self.get("progress")
         if progress is not None:
-            self.at(progress.percentage)
+            self.at(min(progress.percentage, 99))
         self.set(failure=failure)
         self.enter(Phase.FAILED, message)
 

@@ -80,7 +80,8 @@ class LeaderElection:
         if self._renewed is None:
             raise LeadershipLostError("another replica holds the Lease")
         self._renewed = None
-        raise LeadershipLostError(f"the Lease was not renewed within {RENEW_DEADLINE:.0f} s: {self._trouble}")
+        words = self._trouble or "somebody else writes to it"
+        raise LeadershipLostError(f"the Lease was not renewed within {RENEW_DEADLINE:.0f} s: {words}")
 
     async def release(self) -> None:
         """Lets another replica lead at once; without this it would wait for the Lease to run out."""

@@ -286,6 +286,9 @@ class Walk:
         progress = self.observed.progress
         if progress is not None and progress.stage is not stage:
             progress = None
+        if progress is not None and self.draft.is_behind(stage, progress):
+            self._enter(WORKING[stage], self.draft.get("message") or "")
+            return LOOK_AGAIN_SECONDS
         if progress is not None:
             self.draft.follow(stage, progress)
         if stage is Stage.TRAIN and progress is not None:

@@ -141,6 +141,26 @@ async def test_after_a_crash_the_progress_tells_the_truth(cluster: FakeCluster) 
     assert len(warning) == 1 and "attempt 1 of train failed" in warning[0].message and "SIGKILL" in warning[0].message
 
 
+async def test_of_two_replicas_the_one_that_heard_less_takes_nothing_back(cluster: FakeCluster) -> None:
+    """For a moment, when the Lease was moved, both may write."""
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.start(Stage.TRAIN)
+    cluster.say(Stage.TRAIN, fraction=0.5, step=33, total_steps=66)
+    earlier = cluster.progress
+    await cluster.settle()
+    cluster.now += 5
+    cluster.say(Stage.TRAIN, fraction=0.6, step=40, total_steps=66)
+    await cluster.settle()
+    before = cluster.status
+    cluster.progress = earlier
+    await cluster.settle()
+    assert cluster.status == before
+    cluster.now += 5
+    cluster.say(Stage.TRAIN, fraction=0.1, step=10, total_steps=66)  # of a new attempt
+    await cluster.settle()
+    assert cluster.status.progress is not None and cluster.status.progress.step == 10
+
+
 async def test_a_phase_that_comes_again_is_an_event_again(cluster: FakeCluster) -> None:
     await cluster.pass_through(Stage.PREPARE)
     cluster.start(Stage.TRAIN)

@@ -1,0 +1,426 @@
+"""A cluster that lives by itself in virtual time: API server with watches, Job controller, garbage collector, kubelet, trainer.
+
+Each of them reacts late, by a drawn time, and to what is there then. Faults are its public methods: `kill_trainer`,
+`delete`, `drain`, and on the API server `down`, `errors`, `lost_answers`, `slowness`, `break_watches`.
+"""
+
+import asyncio
+import contextvars
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.constants import JOB_LABEL, ExitCode, Reason, Stage
+from finetune_api.progress import Outcome, Progress, Result
+from finetune_operator.observed import Manifest, condition_of, format_time, has_ended, is_owned_by, stage_of, terminated
+from finetune_operator.store import Kind
+
+from tests.fake_cluster import success
+from tests.fake_kubernetes import FakeKubernetes, collections_of, is_selected
+from tests.virtual_time import Clock
+
+STEPS, CHECKPOINT_STEPS = 60, 10
+LENGTH = {Stage.PREPARE: 8, Stage.TRAIN: STEPS, Stage.PUBLISH: 4}
+"""Of the stages, in steps of about a second."""
+
+Observer = Callable[[str, str, Manifest | None, Manifest | None], None]
+"""Is told of every change: by whom, path, before, after."""
+
+
+@dataclass
+class Workspace:
+    """What the trainers of one FineTuneJob leave on their volume."""
+
+    job: str
+    step: int = 0
+    """Of the newest checkpoint."""
+    writer: str | None = None
+    """The pod that writes now."""
+    completions: dict[Stage, int] = field(default_factory=dict)
+    """How often a stage has ended well."""
+
+
+@dataclass
+class Trainer:
+    """The process of a running pod."""
+
+    task: asyncio.Task[None]
+    progress: Progress
+    asked_to_stop: bool = False
+
+
+class Stream:
+    """A watch: yields (type, object) until it breaks."""
+
+    def __init__(self, kind: Kind, namespace: str | None) -> None:
+        self._collection, self._query = kind.path(namespace), kind.query
+        self._events: asyncio.Queue[tuple[float, str, Manifest] | None] = asyncio.Queue()
+        self.deaf = False
+        """It tells nothing, and does not break either: until the client gives it up."""
+
+    def offer(self, change: str, path: str, body: Manifest) -> None:
+        if self._collection in collections_of(path) and is_selected(body, self._query):
+            due = asyncio.get_running_loop().time() + random.uniform(0.001, 0.2)
+            self._events.put_nowait((due, change, body))
+
+    def end(self) -> None:
+        self._events.put_nowait(None)
+
+    async def next(self) -> tuple[str, Manifest] | None:
+        while True:
+            event = await self._events.get()
+            if event is None:
+                return None
+            if not self.deaf:
+                await asyncio.sleep(max(0.0, event[0] - asyncio.get_running_loop().time()))
+                return event[1], event[2]
+
+
+class PlayedCluster(FakeKubernetes):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.writer = "the cluster"
+        """Who makes the change that happens now."""
+        self.is_down = False
+        self.slowness = 1.0
+        self.errors: list[int] = []
+        """HTTP statuses with which the next requests are refused."""
+        self.lost_answers = 0
+        """So many of the next writes are done, and nobody hears of it."""
+        self.streams: list[Stream] = []
+        self.oldest_version = 0
+        """A watch cannot begin before it: the past was compacted."""
+        self.workspaces: dict[str, Workspace] = {}
+        """By the claim's uid."""
+        self.trainers: dict[str, Trainer] = {}
+        """By the pod's uid."""
+        self._observer = observer
+        self._context = contextvars.copy_context()  # the cluster's clock is right
+        self._history: list[tuple[int, str, str, Manifest]] = []
+        self._due: set[str] = set()  # Jobs that the Job controller looks at in a moment
+        self._judged: dict[str, set[str]] = {}  # by a Job's uid: its pods whose end is counted
+        self._names = 0
+
+    # --- API server
+
+    def now(self) -> str:
+        return format_time(Clock.time())
+
+    def put(self, path: str, body: Manifest) -> Manifest:
+        old = self.objects.get(path)
+        body = json.loads(json.dumps(body))
+        if old is not None:
+            if _content(old) == _content(body):
+                return old  # as the real one does: a write that changes nothing is no event
+            generation = old["metadata"].get("generation", 1) + (old.get("spec") != body.get("spec"))
+        else:
+            generation = 1
+        body["metadata"] = {**(body.get("metadata") or {}), "generation": generation}
+        new = super().put(path, body)
+        self._changed("MODIFIED" if old else "ADDED", path, old, new)
+        if old is None:
+            self._later(self._collect_orphan, path, 0.1, 2.0)
+        return new
+
+    def remove(self, path: str) -> Manifest:
+        old = super().remove(path)
+        last = {**old, "metadata": {**old["metadata"], "resourceVersion": str(self._version)}}
+        self._changed("DELETED", path, old, None, last)
+        self._later(self._collect_garbage, old["metadata"]["uid"], 0.1, 2.0)
+        return old
+
+    def _changed(self, change: str, path: str, old: Manifest | None, new: Manifest | None, told: Any = None) -> None:
+        self._observer(self.writer, path, old, new)
+        self._history.append((self._version, change, path, told or new))
+        for stream in self.streams:
+            stream.offer(change, path, told or new)
+        if "/jobs/" in path and new is not None and new["spec"]["template"]:
+            self._look_at(path)
+        if "/pods/" in path:
+            for job_path, _ in self._owners_of(old or new or {}):
+                self._look_at(job_path)
+
+    def watch(self, kind: Kind, namespace: str | None, version: int) -> Stream | None:
+        """None: too old (410)."""
+        if version < self.oldest_version:
+            return None
+        stream = Stream(kind, namespace)
+        for number, change, path, body in self._history:
+            if number > version:
+                stream.offer(change, path, body)
+        self.streams.append(stream)
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        if stream in self.streams:
+            self.streams.remove(stream)
+
+    def break_watches(self, *, too_old: bool = False) -> None:
+        if too_old:
+            self.oldest_version = self._version + 1
+            self._version += 1
+        for stream in self.streams:
+            stream.end()
+        self.streams.clear()
+
+    def _delete(self, path: str, body: Manifest) -> Manifest:
+        """As the real one: a pod may take its time, a Job in the foreground goes after its pods."""
+        found = self.objects.get(path)
+        is_meant = found is not None and found["metadata"]["uid"] == body["preconditions"]["uid"]
+        if found is not None and is_meant and "/jobs/" in path and body["propagationPolicy"] == "Foreground":
+            return self.put(path, {**found, "metadata": {**found["metadata"], "deletionTimestamp": self.now()}})
+        return super()._delete(path, {**body, "propagationPolicy": "Background"})
+
+    def owned_by(self, uid: str) -> list[tuple[str, Manifest]]:
+        return [
+            (path, body) for path, body in list(self.objects.items()) if "metadata" in body and is_owned_by(body, uid)
+        ]
+
+    def pods(self, *stages: Stage) -> Iterator[tuple[str, Manifest]]:
+        for path, body in list(self.objects.items()):
+            if "/pods/" in path and (not stages or stage_of(body) in stages):
+                yield path, body
+
+    # --- garbage collector
+
+    def _collect_garbage(self, owner: str) -> None:
+        for path, _ in self.owned_by(owner):
+            self.delete(path)
+
+    def _collect_orphan(self, path: str) -> None:
+        """What was made after its owner had gone goes too."""
+        owners = {owner["uid"] for owner in self.objects.get(path, {}).get("metadata", {}).get("ownerReferences") or ()}
+        if owners and not any(body.get("metadata", {}).get("uid") in owners for body in self.objects.values()):
+            self.delete(path)
+
+    def delete(self, path: str, *, force: bool = False) -> None:
+        """By kubectl or a controller. `force`: a pod's process is killed and nobody is told how it ended."""
+        body = self.objects.get(path)
+        if body is None:
+            return
+        trainer = self.trainers.get(body["metadata"]["uid"])
+        if "/persistentvolumeclaims/" in path and any(_mounts(pod, path) for _, pod in self.pods()):
+            self._later(self.delete, path, 1.0, 3.0)  # its protection: not while a pod uses it
+        elif "/pods/" not in path or trainer is None or force:
+            if trainer is not None:
+                trainer.task.cancel()
+            for job_path, _ in self._owners_of(body):  # its finalizer: it goes after its Job has counted it
+                self._judge(job_path)
+            self.remove(path)
+        elif not trainer.asked_to_stop:
+            trainer.asked_to_stop = True
+            self.put(path, {**body, "metadata": {**body["metadata"], "deletionTimestamp": self.now()}})
+
+    # --- Job controller
+
+    def _look_at(self, path: str) -> None:
+        if path not in self._due:
+            self._due.add(path)
+            self._later(self._sync, path, 0.01, 0.3)
+
+    def _owners_of(self, pod: Manifest) -> list[tuple[str, Manifest]]:
+        owners = {owner["uid"] for owner in pod["metadata"].get("ownerReferences") or ()}
+        return [(p, job) for p, job in self.objects.items() if "/jobs/" in p and job["metadata"]["uid"] in owners]
+
+    def _sync(self, path: str) -> None:
+        self._due.discard(path)
+        job = self.objects.get(path)
+        if job is None:
+            return
+        pods = self.owned_by(job["metadata"]["uid"])
+        alive = [(pod_path, pod) for pod_path, pod in pods if _is_alive(pod)]
+        if "deletionTimestamp" in job["metadata"]:
+            for pod_path, _ in pods:
+                self.delete(pod_path)
+            if not self.owned_by(job["metadata"]["uid"]):
+                self.remove(path)
+            return
+        self._judge(path)
+        job = self.objects[path]
+        if has_ended(job) or job["spec"].get("suspend"):
+            for pod_path, _ in alive:
+                self.delete(pod_path)
+        elif not alive:
+            self._make_pod(path, job)
+
+    def _judge(self, path: str) -> None:
+        """Takes the ends of the Job's pods into its status."""
+        job = self.objects[path]
+        uid, status = job["metadata"]["uid"], dict(job.get("status") or {})
+        judged = self._judged.setdefault(uid, set())
+        verdict = None
+        for _, pod in self.owned_by(uid):
+            if _is_alive(pod) or pod["metadata"]["uid"] in judged:
+                continue
+            judged.add(pod["metadata"]["uid"])
+            code = (terminated(pod) or {}).get("exitCode")
+            if code == ExitCode.DONE:
+                verdict = {"type": "Complete", "status": "True"}
+            elif code == ExitCode.USER_ERROR:
+                verdict = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}
+            elif condition_of(pod, "DisruptionTarget") is None and not job["spec"].get("suspend"):
+                status["failed"] = status.get("failed", 0) + 1
+        if status.get("failed", 0) > job["spec"]["backoffLimit"] and verdict is None:
+            verdict = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}
+        if verdict is not None and not has_ended(job):
+            status |= {"conditions": [verdict], "completionTime": self.now()}
+        self.put(path, {**job, "status": status})
+
+    def _make_pod(self, path: str, job: Manifest) -> None:
+        self._names += 1
+        template = job["spec"]["template"]
+        name = f"{job['metadata']['name']}-0-{random.randrange(16**5):05x}"
+        owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
+        metadata = {"name": name, "labels": template["metadata"]["labels"], "ownerReferences": [owner]}
+        pod_path = f"{path.split('/apis/batch/v1')[1].rsplit('/jobs/', 1)[0]}/pods/{name}"
+        body = {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}}
+        pod = self.put(f"/api/v1{pod_path}", body)
+        self._later(self._start, (f"/api/v1{pod_path}", pod["metadata"]["uid"]), 0.2, 3.0)
+
+    # --- kubelet
+
+    def _start(self, which: tuple[str, str]) -> None:
+        path, uid = which
+        pod = self.objects.get(path)
+        if pod is None or pod["metadata"]["uid"] != uid:
+            return
+        missing = self._missing(path, pod)
+        if missing:
+            self._say(path, pod, f"MountVolume.SetUp failed: {missing} not found")
+            self._later(self._start, which, 2.0, 4.0)
+            return
+        self._names += 1
+        running = {"state": {"running": {"startedAt": self.now()}}}
+        status = {
+            "phase": "Running",
+            "podIP": f"10.0.{self._names // 250}.{self._names % 250}",
+            "containerStatuses": [running],
+        }
+        pod = self.put(path, {**pod, "status": status})
+        stage = Stage(str(stage_of(pod)))
+        progress = Progress(stage=stage, activity="Starting", fraction=0.0, updated_at=Clock.time())
+        self.trainers[uid] = Trainer(asyncio.create_task(self._run(path, uid, stage)), progress)
+
+    def _missing(self, path: str, pod: Manifest) -> str | None:
+        namespace = path.rsplit("/pods/", 1)[0]
+        for volume in pod["spec"]["volumes"]:
+            if "configMap" in volume and f"{namespace}/configmaps/{volume['configMap']['name']}" not in self.objects:
+                return f'configmap "{volume["configMap"]["name"]}"'
+            claim = (volume.get("persistentVolumeClaim") or {}).get("claimName")
+            if claim and f"{namespace}/persistentvolumeclaims/{claim}" not in self.objects:
+                return f'persistentvolumeclaim "{claim}"'
+        return None
+
+    def _say(self, path: str, pod: Manifest, message: str) -> None:
+        about = {"uid": pod["metadata"]["uid"], "name": pod["metadata"]["name"]}
+        event = {"involvedObject": about, "reason": "FailedMount", "message": message, "lastTimestamp": self.now()}
+        self.put(path.replace("/pods/", "/events/"), event)
+
+    def kill_trainer(self, uid: str, code: int, said: Result | None = None) -> None:
+        """The container ends with this exit code."""
+        trainer = self.trainers.get(uid)
+        if trainer is not None:
+            trainer.task.cancel()
+            path = next(path for path, pod in self.pods() if pod["metadata"]["uid"] == uid)
+            self._end(path, uid, code, said)
+
+    def drain(self, path: str) -> None:
+        pod = self.objects[path]
+        disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+        self.put(path, {**pod, "status": {**pod["status"], "conditions": [disrupted]}})
+        self.delete(path)
+
+    def _end(self, path: str, uid: str, code: int, said: Result | None) -> None:
+        self.trainers.pop(uid, None)
+        for workspace in self.workspaces.values():
+            if workspace.writer == uid:
+                workspace.writer = None
+        pod = self.objects.get(path)
+        if pod is None or pod["metadata"]["uid"] != uid:
+            return
+        end = {"exitCode": code, "finishedAt": self.now(), "message": said.to_termination_message() if said else ""}
+        phase = "Failed" if code else "Succeeded"
+        status = {**pod["status"], "phase": phase, "containerStatuses": [{"state": {"terminated": end}}]}
+        self.put(path, {**pod, "status": status})
+        if "deletionTimestamp" in pod["metadata"]:
+            self.delete(path)
+
+    # --- trainer
+
+    def workspace_of(self, pod: Manifest) -> Workspace:
+        namespace, name = pod["metadata"]["namespace"], pod["metadata"]["labels"][JOB_LABEL]
+        claim = self.objects[f"/api/v1/namespaces/{namespace}/persistentvolumeclaims/{name}-workspace"]
+        return self.workspaces.setdefault(claim["metadata"]["uid"], Workspace(name))
+
+    async def _run(self, path: str, uid: str, stage: Stage) -> None:
+        workspace = self.workspace_of(self.objects[path])
+        assert workspace.writer is None, f"two pods write to the workspace of {path}"
+        workspace.writer = uid
+        try:
+            code, said = await self._work(uid, stage, workspace)
+        except asyncio.CancelledError:
+            self.trainers.pop(uid, None)
+            if workspace.writer == uid:
+                workspace.writer = None
+            raise
+        self._end(path, uid, code, said)
+
+    async def _work(self, uid: str, stage: Stage, workspace: Workspace) -> tuple[int, Result]:
+        step = resumed = workspace.step if stage is Stage.TRAIN else 0
+        while step < LENGTH[stage]:
+            await asyncio.sleep(random.uniform(0.5, 1.5))
+            trainer = self.trainers[uid]
+            if trainer.asked_to_stop:
+                await asyncio.sleep(random.uniform(0.1, 2.0))
+                if stage is Stage.TRAIN:
+                    workspace.step = step
+                words = "stopped; a checkpoint was saved"
+                said = Result(stage=stage, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message=words)
+                return ExitCode.TRY_AGAIN, said
+            step += 1
+            if stage is Stage.TRAIN and step % CHECKPOINT_STEPS == 0:
+                workspace.step = step
+            trainer.progress = Progress(
+                stage=stage, activity="Working", fraction=step / LENGTH[stage], updated_at=Clock.time(),
+                **({"step": step, "total_steps": STEPS, "resumed_from_step": resumed} if stage is Stage.TRAIN else {}),
+            )  # fmt: skip
+        workspace.completions[stage] = workspace.completions.get(stage, 0) + 1
+        return ExitCode.DONE, success(stage)
+
+    def progress_at(self, ip: str) -> Progress | None:
+        """What a pod answers."""
+        for _, pod in self.pods():
+            if pod["status"].get("podIP") == ip and pod["metadata"]["uid"] in self.trainers:
+                return self.trainers[pod["metadata"]["uid"]].progress
+        return None
+
+    def _later(self, what: Callable[[Any], None], about: Any, earliest: float, latest: float) -> None:
+        def act() -> None:
+            before, self.writer = self.writer, "the cluster"
+            try:
+                what(about)
+            finally:
+                self.writer = before
+
+        self.schedule(random.uniform(earliest, latest), act)
+
+    def schedule(self, delay: float, act: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(delay, act, context=self._context)
+
+
+def _content(body: Manifest) -> Manifest:
+    ours = ("resourceVersion", "uid", "creationTimestamp", "generation", "namespace", "name")
+    metadata = {name: value for name, value in (body.get("metadata") or {}).items() if name not in ours}
+    return {**body, "metadata": metadata}
+
+
+def _mounts(pod: Manifest, claim_path: str) -> bool:
+    namespace, name = claim_path.split("/namespaces/")[1].split("/persistentvolumeclaims/")
+    claims = [(volume.get("persistentVolumeClaim") or {}).get("claimName") for volume in pod["spec"]["volumes"]]
+    return _is_alive(pod) and pod["metadata"]["namespace"] == namespace and name in claims
+
+
+def _is_alive(pod: Manifest) -> bool:
+    return (pod.get("status") or {}).get("phase") in ("Pending", "Running")
