@@ -3,6 +3,7 @@
 import json
 
 from tests.cluster import kit
+from tests.cluster.test_jobs import wait_until_gone
 from tests.cluster.workbench import Workbench, config_map, jsonl, tiny_classification
 
 
@@ -135,4 +136,5 @@ def test_a_child_that_the_api_server_refuses_fails_the_job_with_its_words(workbe
     failure = workbench.wait(name, "Failed", 60)["status"]["failure"]
     assert failure["reason"] == "InvalidSpec"
     assert "tolerations" in failure["message"] and "Exists" in failure["message"]
-    workbench.delete(name)
+    workbench.set(name, limits={"ttlSecondsAfterFinished": 0})
+    wait_until_gone(workbench.namespace, name)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,12 +157,15 @@ def test_each_stage_reaches_what_it_needs_and_is_reached_by_the_operator_only(
     for stage in Stage:
         pod = workbench.running_pod(name, stage)
         with frozen(pod) as running, listening(workbench, running, PORT):
-            expect(workbench, running, targets, reached[stage])
             ports = {"telemetry": (pod["status"]["podIP"], TELEMETRY_PORT), "other": (pod["status"]["podIP"], PORT)}
-            expect(workbench, running, ports, {"telemetry", "other"})
-            expect(operator, operator_pod(), ports, {"telemetry"})
-            expect(workbench, "free", ports, set())
-            expect(impostor, "impostor", ports, set())
+            expectations = (
+                (workbench, running, targets | ports, reached[stage] | set(ports)),
+                (operator, operator_pod(), ports, {"telemetry"}),
+                (workbench, "free", ports, set()),
+                (impostor, "impostor", ports, set()),
+            )
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda each: expect(*each), expectations))
             assert pod["spec"]["automountServiceAccountToken"] is False
             has_token, errno = workbench.python(running, FORBIDDEN).split()
             assert has_token == "False", "no service account's token is there"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import kit
 from tests.cluster.rights import RightsWatch, granted
+from tests.cluster.workbench import Workbench
 
 FOLDER = Path(__file__).parent
 
@@ -34,3 +36,11 @@ def test_the_operator_may_nothing_that_it_does_not_need(
         pytest.skip(f"needs a whole run of the cluster tests: {reason}")
     unused = granted() - rights.used
     assert unused == set(), "take them out of the chart's roles, or add a test that needs them"
+
+
+def test_no_pod_was_below_the_level_restricted(workbench: Workbench) -> None:
+    """Which is enforced (`test_isolation` tries): the Job controller would have been refused, and told it."""
+    labels = (kit.get("namespace", workbench.namespace, "default") or {})["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    said = [event.get("message") or "" for event in kit.events(workbench.namespace)]
+    assert [message for message in said if "PodSecurity" in message] == []

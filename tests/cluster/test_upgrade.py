@@ -6,15 +6,17 @@ from typing import Any
 from finetune_api.constants import HASH_ANNOTATION
 
 from tests.cluster import kit
-from tests.cluster.workbench import Workbench, long_classification
+from tests.cluster.workbench import Workbench, tiny_classification
 
 KINDS = ("configmap", "service", "networkpolicy")
 
 
 def test_children_of_an_earlier_version_are_replaced_when_their_stage_begins_again(workbench: Workbench) -> None:
-    spec = long_classification(steps=100_000, resources={"nodes": 2}, workspace={"claimName": "models"})
-    # a queued training that is suspended loses its Job and keeps the rest
-    name = workbench.submit(spec | {"scheduling": {"queueName": "of-nobody"}})
+    beyond_every_node = {"nodes": 2, "gpus": 16}  # so that no pod needs time to end
+    queued = {"queueName": "of-nobody"}  # a queued training that is suspended loses its Job and keeps the rest
+    name = workbench.submit(
+        tiny_classification(resources=beyond_every_node, scheduling=queued, workspace={"claimName": "models"})
+    )
     child = f"{name}-train"
 
     def train_job() -> dict[str, Any] | None:

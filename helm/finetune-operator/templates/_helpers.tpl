@@ -55,7 +55,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "finetune.rules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
-  verbs: [get, list, watch, delete] # delete: limits.ttlSecondsAfterFinished
+  verbs: [list, watch, delete] # delete: limits.ttlSecondsAfterFinished
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
   verbs: [update]
