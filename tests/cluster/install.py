@@ -25,6 +25,7 @@ from tests.cluster.kit import (
 )
 
 CHART = ROOT / "helm" / "finetune-operator"
+CRD = ROOT / "crds" / "finetunejobs.yaml"
 RELEASE = "finetune-operator"
 CLUSTER_TOOL = "FINETUNE_CLUSTER_TOOL"
 """Variable with the path of a script that builds and loads images: `build -t NAME ...`, `load NAME`, `base-image`."""
@@ -162,8 +163,10 @@ def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, 
     }
     if namespace == SYSTEM_NAMESPACE:
         apply(_system_namespace())
+    if get("crd", f"{PLURAL}.{GROUP}", "default"):  # perhaps applied by hand, and then Helm refuses to change it
+        kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
     command = ["helm", "upgrade", "--install", release, str(CHART), "-n", namespace, "--wait", "--timeout", "2m"]
-    command.append("--take-ownership")  # somebody may have applied the resource by hand
+    command.append("--take-ownership")  # of the CRD, likewise
     try:
         run(*command, "-f", "-", input=json.dumps(settings), timeout=180)
     except (CommandError, subprocess.TimeoutExpired) as error:
