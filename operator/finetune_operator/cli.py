@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import shlex
 import shutil
 import signal
@@ -17,13 +18,15 @@ from finetune_api.constants import CONTROLLER, ExitCode
 from finetune_api.report import EVALUATION_REPORT, EvaluationReport
 from finetune_api.rules import local_only
 from finetune_api.status import FineTuneJobStatus
+from finetune_api.text import visible_lines
 from finetune_api.v1alpha1 import FineTuneJob
 from pydantic import ValidationError
 from rich.console import Console
+from rich.text import Text
 
 from finetune_operator.controller import reconcile
 from finetune_operator.decision import Context
-from finetune_operator.display import Display, current_stage, make_display, print_document, print_evidence
+from finetune_operator.display import Display, Terminal, current_stage, make_display, print_document, print_evidence
 from finetune_operator.local import LocalCluster, LocalLayout
 from finetune_operator.manifest_file import ManifestFileError, point_out, read_job
 from finetune_operator.observed import Resource
@@ -173,16 +176,21 @@ def _check(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     request = Request(options.file, options.sample, dict(options.volume), dict(options.secret), options.report)
-    with Console(stderr=True).status(f"Validating {options.file}") if sys.stderr.isatty() else nullcontext():
+    with Terminal(stderr=True).status(Text(f"Validating {options.file}")) if sys.stderr.isatty() else nullcontext():
         validation, code, log = validate(request)
     if options.output == "json":
-        print(validation.to_json(indent=2))
+        print(json.dumps(validation.to_dict(), indent=2))
     elif options.output == "yaml":
         print(yaml.safe_dump(validation.to_dict(), sort_keys=False, allow_unicode=True), end="")
     else:
         print_validation(make_console(), validation)
     if log:
-        print(f"finetune: the data stage ended without a result; the end of its log:\n{log}", file=sys.stderr)
+        print(
+            "finetune: the data stage ended without a result; the end of its log:",
+            visible_lines(log),
+            sep="\n",
+            file=sys.stderr,
+        )
     if options.strict and validation.findings and code == ExitCode.DONE:
         return ExitCode.USER_ERROR
     return code
@@ -206,7 +214,7 @@ def _run(options: argparse.Namespace) -> int:
 async def _follow(options: argparse.Namespace, job: FineTuneJob, run: RunFolder, layout: LocalLayout, lock: int) -> int:
     """Drives the run to its end, or to a signal, and says how it went."""
     document = admit(run, job, time.time(), options.fresh)
-    console = Console(highlight=False)
+    console = Terminal()
     if Resource.read(document).status.completion_time:
         console.print(f"This run has already ended in {run.path}; --fresh runs it again.", soft_wrap=True)
     display = make_display(console, f"{job.metadata['name']}: {job.spec.task} by {job.spec.method.type}, in {run.path}")
@@ -284,13 +292,13 @@ def _print_end(console: Console, cluster: LocalCluster, workspace: Path) -> None
         print_evidence(console, report)
     failure = status.failure
     if failure is not None:
-        console.print(f"Failed: {status.message}", markup=False, soft_wrap=True)
+        console.print(f"Failed: {status.message}", soft_wrap=True)
         log = cluster.log(failure.stage) if failure.stage else None
         if log is not None:
-            console.print(f"Log: {log}", markup=False, soft_wrap=True)
+            console.print(f"Log: {log}", soft_wrap=True)
     elif status.result and status.result.artifact:
         artifact = status.result.artifact
-        console.print(f"{artifact.format}: {artifact.uri.removeprefix('file://')}", markup=False, soft_wrap=True)
+        console.print(f"{artifact.format}: {artifact.uri.removeprefix('file://')}", soft_wrap=True)
 
 
 def _read_report(path: Path) -> EvaluationReport | None:

@@ -1,7 +1,7 @@
 """What `finetune run` shows: a live picture at a terminal, plain lines in a pipe, and the evidence at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import yaml
@@ -9,9 +9,11 @@ from finetune_api.constants import Phase, Stage
 from finetune_api.progress import Progress
 from finetune_api.report import EVALUATION_REPORT, Evaluation, EvaluationReport
 from finetune_api.status import FineTuneJobStatus, MemoryStatus
-from rich.console import Console, Group, RenderableType
+from finetune_api.text import visible_lines
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
@@ -55,6 +57,17 @@ class Display(Protocol):
         """Called when the run was asked to stop; the running stage saves what it has."""
 
 
+class Terminal(Console):
+    """Prints text and nothing but text: what a label, a message or a path holds has no power over the terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible_lines(segment.text), segment.style)
+
+
 def make_display(console: Console, title: str) -> Display:
     return LiveDisplay(console, title) if console.is_terminal else PlainDisplay(console)
 
@@ -89,7 +102,7 @@ class PlainDisplay:
         self._line("Stopping", STOPPING)
 
     def _line(self, word: str, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {word:<11} {text}", markup=False, soft_wrap=True)
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {word:<11} {text}", soft_wrap=True)
 
 
 class LiveDisplay:
@@ -231,7 +244,7 @@ def describe_numbers(progress: Progress | None) -> str:
 def print_document(console: Console, document: Mapping[str, Any]) -> None:
     """The resource as `kubectl get -o yaml` shows it."""
     text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=10_000)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def print_evidence(console: Console, report: EvaluationReport) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from finetune_api.constants import API_VERSION, KIND
 from finetune_api.rules import Finding, InvalidManifestError, parse_job
+from finetune_api.text import visible
 from finetune_api.v1alpha1 import FineTuneJob
 
 FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
@@ -25,7 +26,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         where = f"{self.path}:{self.line}" if self.line else f"{self.path}"
-        return ": ".join(filter(None, (where, self.field, self.message)))
+        return visible(": ".join(filter(None, (where, self.field, self.message))))
 
 
 class ManifestFileError(Exception):
@@ -102,7 +103,7 @@ def _read(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
         line = mark.line + 1 if mark else None
         raise ManifestFileError(Problem(path, line, "", f"not valid YAML: {error.problem or error.context}")) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ManifestFileError(Problem(path, None, "", f"not valid YAML: {error}")) from None
+        raise ManifestFileError(Problem(path, None, "", f"not valid YAML: {' '.join(str(error).split())}")) from None
 
 
 def _is_empty(node: yaml.Node) -> bool:

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from finetune_api.report import DataReport, Level
+from finetune_api.text import visible
 from finetune_api.validation import Validation
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from finetune_operator.display import Terminal
 
 STYLES = {Level.ERROR: "red", Level.WARNING: "yellow"}
 MOST_ROWS = 20
@@ -18,8 +21,8 @@ PLAIN_WIDTH = 1000
 
 
 def make_console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=PLAIN_WIDTH)
 
 
 def print_validation(console: Console, validation: Validation) -> None:
@@ -28,7 +31,7 @@ def print_validation(console: Console, validation: Validation) -> None:
         where = f"{validation.manifest}:{found.line}" if found.line else validation.manifest
         line = Text(f"{where}: ")
         line.append(found.level, STYLES[found.level])
-        line.append("".join(f": {part}" for part in (found.field, found.message) if part))
+        line.append("".join(f": {visible(part)}" for part in (found.field, found.message) if part))
         console.print(line, soft_wrap=True)
     console.print(Text(_verdict(validation), "green" if validation.valid else "red"), soft_wrap=True)
     if validation.data is not None:

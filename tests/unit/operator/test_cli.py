@@ -149,6 +149,18 @@ class TestCheck:
         path.write_text(json.dumps(valid.manifest))  # JSON is YAML
         assert cli.main(["check", str(path)]) == 0
 
+    @pytest.mark.parametrize(
+        "command", [["check"], ["validate"], ["validate", "-o", "json"], ["validate", "-o", "yaml"]]
+    )
+    def test_a_manifest_has_no_power_over_the_terminal(self, tmp_path, capsys, command):
+        path = tmp_path / "job.yaml"
+        hostile = {"\x1b[2J": 1, "\x9b31m": 1, "a\njob.yaml is valid": 1}
+        path.write_text(json.dumps(specs.manifest(specs.CLASSIFICATION, {"training": hostile, "task": "\x1b]0;x\x07"})))
+        assert cli.main([command[0], str(path), *command[1:]]) == 64
+        output = capsys.readouterr().out
+        assert not {"\x1b", "\x9b", "\x07"} & set(output)
+        assert not re.search(r"^job.yaml is valid", output, re.MULTILINE)
+
 
 def test_version(capsys):
     assert cli.main(["version"]) == 0

@@ -6,15 +6,17 @@ import time
 
 import pytest
 import yaml
-from finetune_api.constants import Phase, Stage
+from finetune_api.constants import Phase, Reason, Stage
 from finetune_api.progress import Progress
-from finetune_api.report import Evaluation, EvaluationReport
+from finetune_api.report import DataReport, Evaluation, EvaluationReport, Level
 from finetune_api.status import FailureStatus, FineTuneJobStatus, ResultStatus
+from finetune_api.validation import Validation, ValidationFinding
 from finetune_operator import display
 from finetune_operator.cluster import Event
-from finetune_operator.display import LiveDisplay, PlainDisplay, make_display, print_document, print_evidence
-from rich.console import Console
+from finetune_operator.display import LiveDisplay, PlainDisplay, Terminal, make_display, print_document, print_evidence
+from finetune_operator.validation_table import print_validation
 
+from tests.crd_fuzz import INJECTIONS
 from tests.fake_cluster import ARTIFACT, DATA, TRAINED
 from tests.fake_trainer import REPORT
 
@@ -29,7 +31,7 @@ NUMBERS = "Training  step 21/50  loss 0.512  validation loss 0.610  lr 5.1e-04  
 class Screen:
     def __init__(self, terminal: bool) -> None:
         self.file = io.StringIO()
-        self.console = Console(file=self.file, force_terminal=terminal, width=120, highlight=False)
+        self.console = Terminal(file=self.file, force_terminal=terminal, width=120)
 
     @property
     def text(self) -> str:
@@ -167,6 +169,45 @@ class TestEvidence:
         print_evidence(pipe.console, REPORT.model_copy(update={"tuned": tuned, "baseline": tuned}))
         assert "F1 [bad]" in pipe.text
         assert pipe.text.count("[good]") >= 3
+
+
+def show_all(screen: Screen, word: str) -> None:
+    """Everything that is shown of a run, with a word in each place that a manifest, a dataset or a model can fill."""
+    failure = FailureStatus(stage=Stage.TRAIN, reason="StageFailed", message=word, exit_code=1)
+    result = ResultStatus(scores=[TRAINED.scores[0].model_copy(update={"metric": word})])
+    ends = status(Phase.FAILED, word, data=DATA, failure=failure, result=result)
+    for shown in (PlainDisplay(screen.console), LiveDisplay(screen.console, word)):
+        with shown:
+            shown.event(Event("Warning", "StageFailed", word))
+            shown.show(status(Phase.TRAINING, word), TRAINING.model_copy(update={"activity": word}))
+            shown.show(ends, None)
+    classes = [scores.model_copy(update={"label": word}) for scores in REPORT.tuned.classes]
+    evaluation = REPORT.tuned.model_copy(update={"classes": classes, "name": word})
+    print_evidence(
+        screen.console, REPORT.model_copy(update={"tuned": evaluation, "baseline": evaluation, "split": word})
+    )
+    print_document(screen.console, {"spec": {word: word}})
+    finding = ValidationFinding(level=Level.ERROR, reason=Reason.DATA_INVALID, field=word, message=word)
+    data = DataReport(sources=[], rejections={word: 1}, labels={"train": {word: 1}}, summary=DATA, findings=[])
+    validation = Validation(manifest=word, job=word, valid=False, findings=[finding], data=data)
+    print_validation(screen.console, validation)
+
+
+def commands(text: str) -> set[str]:
+    """What a terminal would obey, but for line breaks and what rich itself says whatever the words are."""
+    numberless = re.sub(r"\x1b\[[0-9;]*(?=[A-Zm])", "\x1b[", text)
+    return {c for c in re.sub(r"\x1b\[(\?25[hl]|[A-Zm])", "", numberless) if not c.isprintable()} - {"\n", "\r"}
+
+
+@pytest.mark.parametrize("screen", ["pipe", "terminal"])
+def test_no_text_has_power_over_the_terminal(screen, request):
+    target = request.getfixturevalue(screen)
+    show_all(target, "harmless")
+    assert commands(target.text) == set()
+    for word in [*INJECTIONS, "\x1b[2J\x1b[H"]:
+        before = len(target.text)
+        show_all(target, word)
+        assert commands(target.text[before:]) == set()
 
 
 def test_the_document_is_yaml_whatever_its_width(pipe):

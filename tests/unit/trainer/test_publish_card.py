@@ -1,5 +1,6 @@
 """The model card: the evidence in words that people, the hub and Python understand."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -30,12 +31,12 @@ from tests.unit.trainer.trained_workspace import (
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
 
 
-def card(labels=LABELS, scores=None, dtype=torch.float32, labelling=None, review=None, **changes) -> str:
+def card(labels=LABELS, *, scores=None, dtype=torch.float32, labelling=None, review=None, found=None, **changes) -> str:
     plan = make_plan(Path("/workspace"), Stage.PUBLISH, **changes)
     data = data_report(labels).model_copy(update={"labelling": labelling, "review": review})
     assert data.model is not None
     evaluation = scores or evaluation_report(labels)
-    return model_card(plan, data, evaluation, model=data.model, best_step=20, dtype=dtype, versions=VERSIONS)
+    return model_card(plan, data, evaluation, model=found or data.model, best_step=20, dtype=dtype, versions=VERSIONS)
 
 
 def metadata(text: str) -> dict:
@@ -218,6 +219,24 @@ class TestContent:
         assert "\\<b\\>" in text
         assert "a\\|b" in text
         assert "\n# head" not in text
+
+    def test_shows_text_of_others_as_text_and_nothing_of_it_is_hidden(self):
+        model = data_report(LABELS).model.model_copy(update={"architecture": "<img src=x>[a](javascript:b)"})
+        text = card(["&lt;b&gt;", "a\x1b[31m", "b\u202ea"], found=model)
+        assert "(\\<img src=x\\>\\[a\\](javascript:b), " in text
+        assert "\\&lt;b\\&gt;" in text
+        assert not {"\x1b", "\u202e"} & set(text)
+
+    def test_its_python_takes_a_name_for_no_more_than_a_name(self):
+        name = 'owner/x");__import__("os").abort();("'
+        text = card(model={"location": {"uri": f"hf://{name}"}})
+        code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)
+        assert code is not None
+        calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Call)]
+        assert not {"__import__", "abort"} & {
+            getattr(call.func, "id", getattr(call.func, "attr", "")) for call in calls
+        }
+        assert name in [node.value for call in calls for node in call.args if isinstance(node, ast.Constant)]
 
 
 def test_the_measured_memory_stands_beside_what_was_expected():

@@ -1,5 +1,6 @@
 """README.md: the model card, made from the plan and the reports. It quotes no row of the dataset."""
 
+import json
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from finetune_api.plan import Plan, PlanDevice, PlanEarlyStopping, PlanHeadFirst
 from finetune_api.report import DataReport, Evaluation, EvaluationReport, LabellingReport, ReviewReport
 from finetune_api.spec import MethodType, Metric, OutputFormat, Task
 from finetune_api.status import ModelStatus, decimal
+from finetune_api.text import visible
 from huggingface_hub import ModelCardData
 
 from finetune_trainer.publish.export import CONFIG_FOLDER, foundation_name
@@ -87,7 +89,7 @@ def _summary(plan: Plan, model: ModelStatus) -> str:
     revision = f" at revision {_code(model.revision)}" if model.revision else ""
     task = "text classification" if plan.task is Task.CLASSIFICATION else "text generation"
     return (
-        f"{what} {_code(foundation_name(plan))}{revision} ({model.architecture}, {model.parameters:,} "
+        f"{what} {_code(foundation_name(plan))}{revision} ({_text(model.architecture)}, {model.parameters:,} "
         f"parameters), for {task}. Tuned with {_method(plan)} by the FineTuneJob {_code(plan.job.namespace)}/"
         f"{_code(plan.job.name)}."
     )
@@ -101,14 +103,14 @@ def _loading(plan: Plan, revision: str | None) -> str:
     if adapter:
         on_hub = plan.model.location.uri.startswith("hf://")
         foundation = foundation_name(plan) if on_hub else "path/to/the/foundation/model"
-        options = f', revision="{revision}"' if on_hub and revision else ""
+        options = f", revision={_python(revision)}" if on_hub and revision else ""
         config = "AutoConfig, " if plan.task is Task.CLASSIFICATION else ""
         lines = ["from peft import PeftModel", f"from transformers import {config}{kind}, AutoTokenizer", "", *lines]
         if plan.task is Task.CLASSIFICATION:
             lines.append(f'config = AutoConfig.from_pretrained(folder, subfolder="{CONFIG_FOLDER}"{trusted})')
             options += ", config=config"
         lines += [
-            f'foundation = {kind}.from_pretrained("{foundation}"{options}{trusted})',
+            f"foundation = {kind}.from_pretrained({_python(foundation)}{options}{trusted})",
             "model = PeftModel.from_pretrained(foundation, folder).eval()",
         ]
     else:
@@ -272,6 +274,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
+def _python(text: str) -> str:
+    """A name as a literal of Python's, so that it stays a name."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 class _Markdown(str):
     """Text that is Markdown already."""
 
@@ -285,9 +292,9 @@ def _cell(value: Any) -> str:
 def _text(text: str) -> str:
     """Foreign text (a label, a message) as one line that Markdown shows as it is."""
     line = " ".join(text.split())
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#~" else c for c in line)
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#~&" else c for c in visible(line))
 
 
 def _code(text: str) -> _Markdown:
     """A name in code style; a `|` would end the cell of a table and a backtick the code."""
-    return _Markdown("`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`")
+    return _Markdown("`" + visible(" ".join(text.split())).replace("`", "'").replace("|", "\\|") + "`")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from finetune_api.text import visible
 from markupsafe import Markup, escape
 
 MOST_ROWS = 30
@@ -21,15 +22,12 @@ Cell = str | int | Number | Markup
 
 def fill(template: str, *values: object, **named: object) -> Markup:
     """The template, which must be a literal, with the values escaped and made visible unless they are Markup."""
-    shown = {name: _visible(value) for name, value in named.items()}
-    return Markup(template).format(*map(_visible, values), **shown)
+    shown = {name: _shown(value) for name, value in named.items()}
+    return Markup(template).format(*map(_shown, values), **shown)
 
 
-def _visible(value: object) -> Markup:
-    """Escaped, with characters that cannot be seen, or are none, spelled out."""
-    if isinstance(value, Markup):
-        return value
-    return escape("".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in str(value)))
+def _shown(value: object) -> Markup:
+    return value if isinstance(value, Markup) else escape(visible(str(value)))
 
 
 def join(parts: Sequence[Markup]) -> Markup:
