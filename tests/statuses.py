@@ -1,4 +1,6 @@
-"""A FineTuneJob's status with every field set, as it stands at the end of a job."""
+"""Statuses of FineTuneJobs: one with every field set, and those that tools which wait must tell apart."""
+
+from dataclasses import dataclass
 
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 from finetune_api.spec import Precision
@@ -167,3 +169,46 @@ def data_status(rows: int, tokens: int, max_length: int) -> DataStatus:
         max_length=max_length,
         fingerprint="f",
     )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A status, and what docs/gitops.md says that it is to Argo CD (with these words) and to Flux."""
+
+    name: str
+    status: FineTuneJobStatus
+    health: str
+    words: str
+    flux: str
+    generation: int = 2
+
+
+def _at(*conditions: tuple[ConditionType, bool], seen: int = 2) -> FineTuneJobStatus:
+    return FineTuneJobStatus(
+        observed_generation=seen,
+        message="Training: step 3 of 9",
+        conditions=[
+            Condition(
+                type=kind,
+                status="True" if holds else "False",
+                reason=Reason.VALID,
+                message=f"{kind} is {holds}",
+                observed_generation=seen,
+                last_transition_time=NOW,
+            )
+            for kind, holds in conditions
+        ],
+    )
+
+
+_SUSPENDED, _COMPLETE = ConditionType.SUSPENDED, ConditionType.COMPLETE
+
+MOMENTS = [
+    Moment("not seen", FineTuneJobStatus(observed_generation=-1), "Progressing", "the operator", "InProgress"),
+    Moment("edit not seen", _at((_SUSPENDED, True), seen=1), "Progressing", "the operator", "InProgress"),
+    Moment("at work", _at((ConditionType.RUNNING, True)), "Progressing", "step 3 of 9", "InProgress"),
+    Moment("suspended", _at((_SUSPENDED, True)), "Suspended", "Suspended is True", "InProgress"),
+    Moment("resumed", _at((_SUSPENDED, False)), "Progressing", "step 3 of 9", "InProgress"),
+    Moment("succeeded", _at((_SUSPENDED, False), (_COMPLETE, True)), "Healthy", "Complete is True", "Current"),
+    Moment("failed", full_status(), "Degraded", "macroF1 0.71 is below", "Failed", generation=1),
+]

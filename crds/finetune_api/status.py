@@ -209,7 +209,7 @@ class InterruptionStatus(Document):
 
 
 class FineTuneJobStatus(Document):
-    observed_generation: int | None = Field(None, description="metadata.generation that this status is about.")
+    observed_generation: int | None = Field(None, description="metadata.generation that this status is about; -1 before the operator has seen the job.")
     phase: Phase | None = Field(None, description="Where the job stands, in a word. Programs should read the conditions.")
     message: Message | None = Field(None, description="Where the job stands, in a sentence.")
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = Field(

@@ -22,4 +22,7 @@ class FineTuneJob(Document):
     kind: Annotated[Literal["FineTuneJob"], Field(description=f"Always {KIND}.")] = KIND
     metadata: dict[str, Any] = Field(default_factory=dict)
     spec: FineTuneJobSpec = Field(description="What to fine-tune, with what, how, and how good it must be.")
-    status: FineTuneJobStatus | None = Field(None, description="What the operator reports.")
+    status: FineTuneJobStatus | None = Field(
+        # tools that wait (kstatus: Flux, Helm) take an object without a status for one that is up to date
+        None, description="What the operator reports.", json_schema_extra={"default": {"observedGeneration": -1}}
+    )

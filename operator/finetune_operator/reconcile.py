@@ -38,7 +38,7 @@ def decide(resource: Resource, observed: Observed, now: float, context: Context)
         spec = parse_spec(resource.spec)
     except InvalidManifestError as error:
         if is_finished(resource.status):
-            return Decision(resource.status, **_stop_all(observed))
+            return Decision(Draft(resource, now).status(), **_stop_all(observed))
         if resource.status.start_time is not None:
             return _leave_alone(resource, now, str(error))
         return give_up(resource, observed, now, Reason.INVALID_SPEC, str(error))

@@ -62,6 +62,14 @@ def cluster() -> None:
 
 
 @pytest.fixture(scope="session")
+def cluster_tool(cluster: None) -> str:
+    """The script that starts other programs on the test cluster."""
+    if tool := os.environ.get(install.CLUSTER_TOOL):
+        return tool
+    unavailable(f"{install.CLUSTER_TOOL} is not set")
+
+
+@pytest.fixture(scope="session")
 def images(cluster: None) -> Images:
     """Both images of this tree, on the nodes. A change of the code costs about two minutes."""
     if reason := install.missing_builder():

@@ -28,7 +28,8 @@ CHART = ROOT / "helm" / "finetune-operator"
 CRD = ROOT / "crds" / "finetunejobs.yaml"
 RELEASE = "finetune-operator"
 CLUSTER_TOOL = "FINETUNE_CLUSTER_TOOL"
-"""Variable with the path of a script that builds and loads images: `build -t NAME ...`, `load NAME`, `base-image`."""
+"""Variable with the path of a script that builds and loads images (`build -t NAME ...`, `load NAME`, `base-image`) and
+starts what some tests need beside the cluster (`argocd`)."""
 
 TESTS_LABEL = f"{GROUP}/tests"
 """On the operator's namespace, if the tests made it: they replace what is installed there."""
@@ -147,9 +148,9 @@ def can_have_kueue() -> bool:
     return bool(os.environ.get(CLUSTER_TOOL)) or get("crd", "workloads.kueue.x-k8s.io", "default") is not None
 
 
-def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, **values: Any) -> None:
-    """Installs or upgrades the chart with this tree's images and waits until all replicas are ready."""
-    settings = {
+def chart_values(**values: Any) -> dict[str, Any]:
+    """Values for this tree's images on the test cluster."""
+    return {
         "image": {"repository": OPERATOR_IMAGE.repository, "tag": OPERATOR_IMAGE.tag},
         "trainer": {
             "image": {"repository": TRAINER_IMAGE.repository, "tag": TRAINER_IMAGE.tag},
@@ -161,6 +162,10 @@ def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, 
         "logLevel": "debug",
         **values,
     }
+
+
+def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, **values: Any) -> None:
+    """Installs or upgrades the chart with this tree's images and waits until all replicas are ready."""
     if namespace == SYSTEM_NAMESPACE:
         apply(_system_namespace())
     if get("crd", f"{PLURAL}.{GROUP}", "default"):  # perhaps applied by hand, and then Helm refuses to change it
@@ -168,6 +173,6 @@ def install_operator(release: str = RELEASE, namespace: str = SYSTEM_NAMESPACE, 
     command = ["helm", "upgrade", "--install", release, str(CHART), "-n", namespace, "--wait", "--timeout", "2m"]
     command.append("--take-ownership")  # of the CRD, likewise
     try:
-        run(*command, "-f", "-", input=json.dumps(settings), timeout=180)
+        run(*command, "-f", "-", input=json.dumps(chart_values(**values)), timeout=180)
     except (CommandError, subprocess.TimeoutExpired) as error:
         raise AssertionError(f"the chart was not installed: {error}\n{describe_operator()}") from None

@@ -535,8 +535,11 @@ async def test_a_finished_job_stays_finished(cluster: FakeCluster, end: str) -> 
     cluster.jobs.clear()
     cluster.pods.clear()
     await cluster.settle()
-    cluster.edit(suspend=True)
-    await cluster.settle()
+    for changes in ({"suspend": True}, {"fieldOfTheFuture": True}):
+        cluster.edit(**changes)
+        await cluster.settle()
+        assert cluster.body is not None
+        assert cluster.status.observed_generation == cluster.body["metadata"]["generation"], "tools wait for that"
     assert cluster.status.phase is phase
     assert len(cluster.created) == created
     assert cluster.condition("Suspended") is None
