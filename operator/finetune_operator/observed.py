@@ -4,6 +4,7 @@ Objects of Kubernetes stay dicts in their JSON form, as the API server sent them
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -226,6 +227,12 @@ def is_running(pod: Mapping[str, Any]) -> bool:
 def is_leaving(pod: Mapping[str, Any]) -> bool:
     """Whether a pod has been told to end, or is about to be: it was deleted, or is the target of a disruption."""
     return "deletionTimestamp" in pod["metadata"] or condition_of(pod, "DisruptionTarget") is not None
+
+
+def deadline_of(pod: Mapping[str, Any]) -> float:
+    """Unix time at which a pod that is to end is killed; infinity for one that is not."""
+    deadline = parse_time(pod["metadata"].get("deletionTimestamp"))
+    return math.inf if deadline is None else deadline
 
 
 def has_failed(pod: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """The walk through the stages of one job: which one it is in, what that one needs, what is said of it. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from finetune_operator.observed import (
     Resource,
     condition_of,
     container_of,
+    deadline_of,
     failures_of,
     format_time,
     has_ended,
@@ -43,6 +45,9 @@ from finetune_operator.sizing import advise, explain
 
 LOOK_AGAIN_SECONDS = 5.0
 """For what no watch tells: Events about a pod that does not start."""
+
+OVERDUE_SECONDS = 30.0
+"""A pod that has not ended so long after its grace period is on a node that does not answer."""
 
 QUEUE_SECONDS = 10.0
 """Nor does one tell of what a queue says of a Job that waits in it."""
@@ -82,13 +87,8 @@ class Walk:
             job = self.observed.jobs.get(stage)
             if job is None:
                 return self._begin(stage)
-            if "deletionTimestamp" in job["metadata"]:  # it is made again when it is gone
-                self._note_lost_job(stage)
-                if any(map(is_running, self.observed.pods.get(stage, ()))):
-                    self._take_leave(stage)
-                else:
-                    self._wait(stage, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
-                return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+            if "deletionTimestamp" in job["metadata"]:
+                return self._let_go(stage)
             if condition_of(job, "Failed"):
                 return self._fail(stage, job)
             if not condition_of(job, "Complete"):
@@ -148,6 +148,14 @@ class Walk:
         self._wait(stage, Reason.POD_STARTING, f"{stage} is starting")
         return self._decision(create=tuple(children))
 
+    def _let_go(self, stage: Stage) -> Decision:
+        """The stage's Job is being deleted, by us or by somebody else; it is made again when it is gone."""
+        self._note_lost_job(stage)
+        if any(map(is_running, self.observed.pods.get(stage, ()))):
+            return self._decision(requeue_after=self._take_leave(stage))
+        self._wait(stage, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
+        return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+
     def _note_lost_job(self, stage: Stage) -> None:
         """The Job of a stage that was at work is gone, or goes."""
         if self.draft.get("pod_name") is not None and self.draft.interruption is None:
@@ -202,8 +210,7 @@ class Walk:
         absent = nodes_of(job) - len(newest)
         if running and not starting and not absent:
             if self.spec.suspend or is_suspended(job) or any(map(is_leaving, newest)):
-                self._take_leave(stage)
-                return self._decision(change=change)
+                return self._decision(change=change, requeue_after=self._take_leave(stage))
             self.draft.set(pod_name=newest[0]["metadata"]["name"])
             return self._decision(change=change, requeue_after=self._report(stage, running[0]))
         if not starting and not absent and not _is_tried_again(job, newest) and not self.spec.suspend:
@@ -238,14 +245,24 @@ class Walk:
             return LOOK_AGAIN_SECONDS
         return QUEUE_SECONDS if kueue.is_queued(job) and self.context.settings.kueue else None
 
-    def _take_leave(self, stage: Stage) -> None:
-        """Its pods have been told to end, and save what they have: what they still say is heard."""
-        if self.observed.progress is not None and self.observed.progress.stage is stage:
-            self.draft.follow(stage, self.observed.progress)
+    def _take_leave(self, stage: Stage) -> float | None:
+        """Its pods have been told to end, and save what they have: what they still say is heard.
+
+        Returns the seconds after which the first of them would be overdue: no other pod is made before it has ended.
+        """
+        progress = self.observed.progress
+        if progress is not None and progress.stage is stage and not self.draft.is_behind(stage, progress):
+            self.draft.follow(stage, progress)
         last = self.draft.interruption
         what = f"{stage} saves and ends: {last.message}" if last else f"{stage} saves and ends"
+        first = min(filter(is_running, self.observed.pods.get(stage, ())), key=deadline_of, default=None)
+        left = deadline_of(first) + OVERDUE_SECONDS - self.now if first else math.inf
+        if first is not None and left <= 0:
+            name, node = first["metadata"]["name"], first["spec"].get("nodeName")
+            what = f"pod {name} does not end, and no other may start: is node {node} gone for good, delete the Node"
         self.draft.running(True, last.reason if last else Reason.POD_RUNNING, what)
         self._enter(WORKING[stage], what)
+        return left if 0 < left < math.inf else None
 
     def _between(self, stage: Stage, message: str) -> None:
         """Nothing runs, and what comes next is not known yet."""

@@ -61,6 +61,18 @@ async def test_a_drained_pod_saves_and_its_training_goes_on(cluster: FakeCluster
     assert warning[0] == "Evicted" and warning[1].startswith("train was interrupted: the pod was evicted")
 
 
+async def test_a_pod_that_does_not_end_names_its_node(cluster: FakeCluster) -> None:
+    await cluster.pass_through(Stage.PREPARE)
+    await train_to(cluster, 50)
+    pod = cluster.disrupt(TRAIN, "DeletionByTaintManager", "deleting due to NoExecute taint")
+    pod["spec"] = {**pod["spec"], "nodeName": "spot-7"}
+    left = await cluster.turn()
+    assert left is not None and left > 120, "after its grace period"
+    await cluster.turn(left)
+    assert cluster.condition("Running") == ("True", "Disrupted")
+    assert "is node spot-7 gone for good" in cluster.status.message
+
+
 @pytest.mark.parametrize(
     ("reason", "told"),
     [
