@@ -52,7 +52,7 @@ class Operator:
         self._settings = settings
         self._api = api
         self._store = Store()
-        self._queue: WorkQueue[Key] = WorkQueue()
+        self._queue: WorkQueue[Key] = WorkQueue(lane_of=lambda key: key.namespace)
         self._informer = Informer(api, self._store, settings.watch_namespaces)
         identity = _identity(settings)
         self._election = LeaderElection(api, settings.operator_namespace, settings.lease_name, identity, clock)

@@ -9,7 +9,8 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import aiohttp
@@ -33,11 +34,31 @@ class _Backoffs(Iterable[float]):
         return itertools.chain((1.0, 2.0, 4.0, 8.0), itertools.repeat(10.0))
 
 
+class _NoStorage(kopf.DiffBaseStorage, kopf.ProgressStorage):
+    """kopf would copy every object twice, to find out what has changed since it was handled: nobody asks for that."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+    def store(self, **_: Any) -> None: ...
+
+    def purge(self, **_: Any) -> None: ...
+
+    def touch(self, **_: Any) -> None: ...
+
+
 def kopf_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.peering.standalone = True  # its peering freezes replicas of one priority; we have a Lease
     settings.posting.enabled = False
     settings.scanning.disabled = True  # needs rights on namespaces and CRDs
+    settings.persistence.diffbase_storage = settings.persistence.progress_storage = _NoStorage()
     settings.persistence.finalizer = f"{GROUP}/none"  # kopf removes this one where it finds it; nobody sets it
     settings.networking.request_timeout = 60
     settings.networking.connect_timeout = 10
@@ -67,6 +88,7 @@ class Watcher(threading.Thread):
         self._namespaces = namespaces
         self._loop = asyncio.get_running_loop()
         self._stop_flag = threading.Event()
+        self._told: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._watches = {kind.path(namespace): (kind, namespace) for kind, namespace in informer.watches}
 
     def run(self) -> None:
@@ -88,9 +110,17 @@ class Watcher(threading.Thread):
     def stop(self) -> None:
         self._stop_flag.set()
 
-    def _tell(self, function: Any, *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the main loop is closed already
-            self._loop.call_soon_threadsafe(function, *arguments)
+    def _tell(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Has the main loop call it. A loop that has not come to it yet is not woken again for the next one."""
+        self._told.append((function, arguments))
+        if len(self._told) == 1:
+            with contextlib.suppress(RuntimeError):  # the main loop is closed already
+                self._loop.call_soon_threadsafe(self._listen)
+
+    def _listen(self) -> None:
+        while self._told:
+            function, arguments = self._told.popleft()
+            function(*arguments)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

@@ -1,7 +1,8 @@
 """Questions to the API server about what no watch tells of: why a pod does not start, what its queue says of a Job.
 
-Each is asked again as long as somebody wants to know, later and later while the answer stays the same. All together
-are repeated at most once a second, so that a thousand jobs that wait cost no more than a few.
+Each is asked again as long as somebody wants to know, later and later while the answer stays the same. But for a few at
+the beginning, all together are asked at most once a second: the API server looks through all events of a namespace to
+answer one, and a thousand jobs that wait are to cost no more than a few.
 """
 
 import logging
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 PACE_SECONDS = 1.0
-"""Between two questions that were asked before, whoever they are about."""
+"""Between two questions, whoever they are about..."""
+
+AT_ONCE = 10
+"""...but for so many that were not asked before: nothing is asked again while others wait to be asked at all."""
 
 FORGOTTEN_SECONDS = 2 * LONGEST_PAUSE
 """An answer that nobody has wanted for so long is not kept."""
@@ -40,7 +44,7 @@ class Inquiries:
         self._api = api
         self._clock = clock
         self._answers: dict[str, _Answer] = {}
-        self._next_repeat = 0.0
+        self._paid_until = 0.0  # each question costs PACE_SECONDS
 
     async def events_about(self, body: Manifest) -> Sequence[Manifest]:
         """`reason` and `message` of the Events about an object, oldest first."""
@@ -79,12 +83,14 @@ class Inquiries:
     async def _answer(self, key: str, what: str, ask: Ask) -> Sequence[Manifest]:
         """The answer that is known, or a new one if it is time; a help for people, so it never fails."""
         now, known = self._clock(), self._answers.get(key)
+        items: Sequence[Manifest] = known.items if known else ()
         if known is not None:
             known.wanted = now
-            if now < max(known.asked + known.pause, self._next_repeat):
-                return known.items
-            self._next_repeat = now + PACE_SECONDS
-        items: Sequence[Manifest] = known.items if known else ()
+            if now < known.asked + known.pause:
+                return items
+        if now < self._paid_until - (0 if known else AT_ONCE * PACE_SECONDS):
+            return items
+        self._paid_until = max(self._paid_until, now) + PACE_SECONDS
         try:
             items = await ask()
         except ApiError as error:

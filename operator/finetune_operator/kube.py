@@ -139,12 +139,16 @@ class KubeCluster:
         return await self._inquiries.workload_of(job)
 
     async def refresh(self, key: Key) -> None:
+        """A job that has no status, and no child that we know of, is new: if it has children after all, to create them
+        once more will tell."""
         for kind in KINDS:
             try:
                 listed, version = await self._api.list_all(kind.path(key.namespace), kind.query_for(key))
             except ApiError as error:
                 raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
             self._store.replace(kind, listed, version, key=key)
+            if not any(body.get("status") for body in listed) and not self._store.get(JOBS, key):
+                return
 
     # --- writing
 

@@ -50,6 +50,7 @@ class LeaderElection:
         self._identity = identity
         self._clock = clock
         self._renewed: float | None = None  # when the last successful renewal began; None: not the leader
+        self._held: Manifest | None = None  # the Lease as we have last written it: it need not be read to be renewed
         self._seen = ("", 0.0)  # the Lease's resourceVersion, and when it was first seen
         self._trouble = ""
 
@@ -117,18 +118,21 @@ class LeaderElection:
         return taken
 
     async def _take(self) -> bool:
+        if self._held is not None:
+            try:
+                return await self._write(self._held)
+            except ApiError as error:
+                self._held = None  # whatever became of it: read it anew
+                if error.status != 409:
+                    raise
         try:
             lease = await self._api.request("GET", self._path(), timeout=REQUEST_TIMEOUT)
         except ApiError as error:
             if error.status != 404:
                 raise
             metadata = {"name": self._name, "namespace": self._namespace}
-            lease = {"apiVersion": API, "kind": "Lease", "metadata": metadata, "spec": self._spec({})}
-            created = await self._api.request(
-                "POST", api_path(API, "leases", self._namespace), lease, timeout=REQUEST_TIMEOUT
-            )
-            self._seen = (created["metadata"]["resourceVersion"], self._clock())
-            return True
+            lease = {"apiVersion": API, "kind": "Lease", "metadata": metadata}
+            return await self._write(lease, "POST", api_path(API, "leases", self._namespace))
         version = lease["metadata"]["resourceVersion"]
         if version != self._seen[0]:
             self._seen = (version, self._clock())
@@ -137,9 +141,13 @@ class LeaderElection:
         if spec.get("holderIdentity") not in (None, "", self._identity) and self._clock() < runs_out:
             self._renewed = None  # it was moved: not a moment longer do two act
             return False
-        lease["spec"] = self._spec(spec)
-        renewed = await self._api.request("PUT", self._path(), lease, timeout=REQUEST_TIMEOUT)
-        self._seen = (renewed["metadata"]["resourceVersion"], self._clock())
+        return await self._write(lease)
+
+    async def _write(self, lease: Manifest, method: str = "PUT", path: str = "") -> bool:
+        """In our name. Raises ApiError: 409 if it is not any more as it was read."""
+        lease = {**lease, "spec": self._spec(lease.get("spec") or {})}
+        self._held = await self._api.request(method, path or self._path(), lease, timeout=REQUEST_TIMEOUT)
+        self._seen = (self._held["metadata"]["resourceVersion"], self._clock())
         return True
 
     def _spec(self, old: Manifest) -> Manifest:

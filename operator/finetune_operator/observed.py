@@ -70,7 +70,7 @@ class Resource:
             uid=metadata["uid"],
             generation=metadata.get("generation", 1),
             deleting="deletionTimestamp" in metadata,
-            spec=json.loads(json.dumps(body.get("spec") or {})),
+            spec=body.get("spec") or {},
             status=_read_status(body.get("status") or {}),
             version=metadata.get("resourceVersion", ""),
         )
@@ -81,16 +81,18 @@ class Resource:
 
 def _read_status(document: Manifest) -> FineTuneJobStatus:
     """As much of the status as can be read: what was done must not be forgotten for a field that is not known."""
-    document = json.loads(json.dumps(document))
+    text = json.dumps(document)
     while True:
         try:
-            return FineTuneJobStatus.model_validate_json(json.dumps(document))
+            return FineTuneJobStatus.model_validate_json(text)
         except ValidationError as error:
+            document = json.loads(text)
             wrong = error.errors(include_url=False)[0]
             path = wrong["loc"][:-1] if wrong["type"] == "missing" else wrong["loc"]
             if not path:
                 return FineTuneJobStatus()
             _mend(document, path)
+            text = json.dumps(document)
 
 
 def _mend(document: Manifest, path: Sequence[int | str]) -> None:

@@ -26,6 +26,9 @@ TIMEOUT_SECONDS = 2.0
 MAX_BYTES = 64 * 1024
 MAX_TEXT = 128
 MAX_NUMBER = 2**53
+NEWS_PER_ROUND = 5
+"""Of so many pods what is new is told in each round: whatever is told is written into a status of some kilobytes."""
+
 LONGEST_PAUSE = 12
 """Rounds between two questions to a pod that never answers."""
 
@@ -39,13 +42,16 @@ class _Pod:
     key: Key
     url: str
     progress: Progress | None = None
+    told: Progress | None = None
+    told_at: float = 0.0
     failures: int = 0
     ask_at: float = 0.0
     asking: bool = False
 
 
 class ProgressPoller:
-    """`changed` is called with the FineTuneJob's key when one of its pods has something new to tell."""
+    """`changed` is called with the FineTuneJob's key when one of its pods has something new to tell; not for each word,
+    if many pods have some."""
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class ProgressPoller:
         self._clock = clock
         self._pods: dict[str, _Pod] = {}  # by uid
         self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._news_left = NEWS_PER_ROUND
 
     def progress_of(self, pod_uid: str) -> Progress | None:
         """The last answer of that pod."""
@@ -82,6 +89,7 @@ class ProgressPoller:
             asyncio.TaskGroup() as group,
         ):
             while True:
+                self._tell_oldest()
                 for uid, pod in self._due():
                     pod.asking = True
                     group.create_task(self._ask(session, uid, pod))
@@ -104,6 +112,20 @@ class ProgressPoller:
     def _url(self, ip: str) -> str:
         return f"http://{f'[{ip}]' if ':' in ip else ip}:{self._port}/progress"
 
+    def _tell_oldest(self) -> None:
+        """Begins a round: whoever was told of the longest ago comes first."""
+        self._news_left = NEWS_PER_ROUND
+        for pod in sorted(self._pods.values(), key=lambda pod: pod.told_at):
+            self._tell(pod)
+
+    def _tell(self, pod: _Pod) -> None:
+        """Tells what is new, if it is the first word of this pod or there is something left of this round."""
+        if pod.progress == pod.told or (pod.told is not None and not self._news_left):
+            return
+        self._news_left -= pod.told is not None
+        pod.told, pod.told_at = pod.progress, self._clock()
+        self._changed(pod.key)
+
     async def _ask(self, session: aiohttp.ClientSession, uid: str, pod: _Pod) -> None:
         try:
             async with self._slots:
@@ -118,9 +140,9 @@ class ProgressPoller:
             logger.exception("The answer of a pod of %s could not be handled", pod.key)
         else:
             pod.failures, pod.ask_at = 0, 0.0
-            if progress != pod.progress and uid in self._pods:
-                pod.progress = progress
-                self._changed(pod.key)
+            pod.progress = progress
+            if uid in self._pods:
+                self._tell(pod)
         finally:
             pod.asking = False
 

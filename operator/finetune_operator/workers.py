@@ -13,13 +13,15 @@ from finetune_operator.workqueue import WorkQueue
 logger = logging.getLogger(__name__)
 
 LONGEST_RECONCILE = 60.0
+WORKERS = 24
+"""They wait for the API server nearly all the time."""
 
 Reconcile = Callable[[Key], Awaitable[float | None]]
 """Returns the seconds after which to look again, None to wait for an event."""
 
 
 class Workers:
-    def __init__(self, queue: WorkQueue[Key], reconcile: Reconcile, metrics: Metrics, count: int = 8) -> None:
+    def __init__(self, queue: WorkQueue[Key], reconcile: Reconcile, metrics: Metrics, count: int = WORKERS) -> None:
         self._queue = queue
         self._reconcile = reconcile
         self._metrics = metrics

@@ -1,24 +1,33 @@
 """A queue of keys that are worked on by several workers, but one key never by two at once.
 
 The semantics are those of client-go's workqueue (k8s.io/client-go/util/workqueue): adding is idempotent, a key that is
-added while it is worked on comes again afterwards, failures wait exponentially longer. For one event loop.
+added while it is worked on comes again afterwards, failures wait exponentially longer. Beyond that it is fair: keys
+wait in lanes, which take turns, so that a long lane holds up no other one. For one event loop.
 """
 
 import asyncio
 import random
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
 
 
 class WorkQueue(Generic[Item]):
-    def __init__(self, first_delay: float = 0.25, longest_delay: float = 60.0) -> None:
+    def __init__(
+        self,
+        first_delay: float = 0.25,
+        longest_delay: float = 60.0,
+        lane_of: Callable[[Item], Hashable] = lambda _: None,
+    ) -> None:
         """The first failure of a key waits about `first_delay` seconds, each further one twice as long."""
         self._first_delay = first_delay
         self._longest_delay = longest_delay
-        self._queue: asyncio.Queue[Item] = asyncio.Queue()
-        self._wanted: set[Item] = set()  # waits in _queue, or is active and comes again
+        self._lane_of = lane_of
+        self._lanes: dict[Hashable, deque[Item]] = {}  # none is empty
+        self._turns: asyncio.Queue[Hashable] = asyncio.Queue()  # each lane once
+        self._wanted: set[Item] = set()  # waits in its lane, or is active and comes again
         self._active: set[Item] = set()
         self._timers: dict[Item, asyncio.TimerHandle] = {}
         self._failures: dict[Item, int] = {}
@@ -32,7 +41,14 @@ class WorkQueue(Generic[Item]):
             return
         self._wanted.add(item)
         if item not in self._active:
-            self._queue.put_nowait(item)
+            self._line_up(item)
+
+    def _line_up(self, item: Item) -> None:
+        name = self._lane_of(item)
+        if name not in self._lanes:
+            self._lanes[name] = deque()
+            self._turns.put_nowait(name)
+        self._lanes[name].append(item)
 
     def add_after(self, item: Item, delay: float) -> None:
         """Adds it in `delay` seconds, or earlier if an earlier time is set already."""
@@ -50,7 +66,12 @@ class WorkQueue(Generic[Item]):
 
     async def get(self) -> Item:
         """Waits for a key; the caller owes a `done`."""
-        item = await self._queue.get()
+        name = await self._turns.get()
+        item = self._lanes[name].popleft()
+        if self._lanes[name]:
+            self._turns.put_nowait(name)
+        else:
+            del self._lanes[name]
         self._wanted.discard(item)
         self._active.add(item)
         return item
@@ -58,7 +79,7 @@ class WorkQueue(Generic[Item]):
     def done(self, item: Item) -> None:
         self._active.discard(item)
         if item in self._wanted:
-            self._queue.put_nowait(item)
+            self._line_up(item)
 
     def retry(self, item: Item) -> float:
         """Adds it after a delay that grows with its failures since the last `forget`; returns the delay in seconds."""

@@ -360,6 +360,12 @@ async def test_what_the_watches_have_not_told_is_asked_for(world):
         await world.cluster.refresh(KEY)
 
 
+async def test_of_a_job_that_nothing_was_reported_of_no_children_are_asked_for(world):
+    before = len(world.fake.requests)
+    await world.cluster.refresh(KEY)
+    assert [path for _, path, _ in world.fake.requests[before:] if "finetunejobs" not in path] == []
+
+
 async def test_of_pods_made_in_the_same_second_the_one_that_runs_is_the_newest(world):
     job = world.job()
 

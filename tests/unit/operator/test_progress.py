@@ -5,6 +5,8 @@ import contextlib
 import json
 import time
 import zlib
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from aiohttp import web
@@ -70,6 +72,15 @@ class World:
     async def run(self, seconds: float = 0.2):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.poller.run(), seconds)
+
+    async def run_until(self, is_enough: Callable[[], bool]):
+        polling = asyncio.create_task(self.poller.run())
+        async with asyncio.timeout(60):
+            while True:
+                if is_enough():
+                    break
+                await asyncio.sleep(0.01)
+        polling.cancel()
 
 
 @pytest.fixture
@@ -192,6 +203,40 @@ async def test_many_pods_are_asked_side_by_side_but_not_all_at_once(world, monke
     await world.run(1.5)
     assert len(world.changed) == 150
     assert 10 < world.trainer.most_at_once <= module.CONCURRENCY
+
+
+async def test_of_two_hundred_pods_none_is_forgotten_and_none_asked_while_it_is_being_asked(world):
+    asked, now, most = Counter(), Counter(), Counter()
+
+    async def page(request):
+        asked[request.host] += 1
+        now[request.host] += 1
+        most[request.host] = max(most[request.host], now[request.host])
+        await asyncio.sleep(0.2 if request.host.partition(":")[0].endswith("0") else 0)  # longer than a round
+        now[request.host] -= 1
+        return await world.trainer._progress(request)
+
+    world.trainer.page = page
+    for number in range(200):
+        world.pod(f"p{number}", f"127.0.1.{number + 1}", name=f"job{number}")
+    await world.run_until(lambda: len(asked) == 200 and min(asked.values()) >= 3)
+    assert set(most.values()) == {1}
+
+
+async def test_of_many_pods_that_have_news_all_the_time_each_is_told_of_in_turn(world, monkeypatch):
+    async def page(request):
+        world.trainer.progress = PROGRESS.model_copy(update={"step": len(world.trainer.asked)})
+        return await world.trainer._progress(request)
+
+    world.trainer.page = page
+    for number in range(60):
+        world.pod(f"p{number}", f"127.0.1.{number + 1}", name=f"job{number}")
+    monkeypatch.setattr(module, "NEWS_PER_ROUND", 0)
+    await world.run_until(lambda: len(world.trainer.asked) >= 200)
+    assert len(world.changed) == len(set(world.changed)) == 60, "the first word of each at once, and no other one"
+    monkeypatch.setattr(module, "NEWS_PER_ROUND", 7)
+    await world.run_until(lambda: len(world.changed) >= 180)
+    assert len(set(world.changed[60:120])) == len(set(world.changed[120:180])) == 60
 
 
 # --- what counts as progress

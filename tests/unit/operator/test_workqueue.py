@@ -108,3 +108,19 @@ async def test_a_cancelled_worker_takes_nothing_with_it():
         await waiting
     queue.add("a")
     assert await take(queue) == "a"
+
+
+async def test_lanes_take_turns_so_that_a_long_one_holds_up_no_other():
+    queue = WorkQueue[str](lane_of=lambda key: key[0])
+    for number in range(5):
+        queue.add(f"a{number}")
+    queue.add("b0")
+    queue.add("c0")
+    queue.add("b1")
+    assert [await take(queue) for _ in range(8)] == ["a0", "b0", "c0", "a1", "b1", "a2", "a3", "a4"]
+    queue.add("a5")
+    queue.add("a0")  # still worked on: it lines up when that is done
+    queue.add("b2")
+    queue.done("a0")
+    assert [await take(queue) for _ in range(3)] == ["a5", "b2", "a0"]
+    assert await is_quiet(queue)
