@@ -80,6 +80,7 @@ class FakeCluster:
         self.pods: dict[Stage, list[Manifest]] = {}
         self.progress: Progress | None = None
         self.pod_events: list[Manifest] = []
+        self.exposed: list[Stage] = []
         self.workload: Manifest | None = None
         self.created: list[Manifest] = []
         self.events: dict[tuple[str, str], Event] = {}
@@ -93,7 +94,7 @@ class FakeCluster:
         if self.body is None:
             return None
         pods = {stage: list(pods) for stage, pods in self.pods.items()}
-        observed = Observed(dict(self.jobs), pods, self.progress, self.workload, self.pod_events)
+        observed = Observed(dict(self.jobs), pods, self.progress, self.workload, self.pod_events, self.exposed)
         return Resource.read(self.body), observed
 
     async def refresh(self, key: Key) -> None:
@@ -104,6 +105,8 @@ class FakeCluster:
             raise self.create_error
         self.created.append(manifest)
         stage = stage_of(manifest)
+        if manifest["kind"] == "NetworkPolicy" and stage in self.exposed:
+            self.exposed.remove(stage)
         if manifest["kind"] == "Job" and stage is not None:
             assert stage not in self.jobs, f"a second Job for {stage}"
             metadata = {**manifest["metadata"], "uid": f"job-{next(self._numbers)}"}

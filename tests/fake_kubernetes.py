@@ -91,7 +91,7 @@ class FakeKubernetes:
     def _get(self, query: Mapping[str, str], path: str) -> Manifest:
         if path in self.objects:
             return self.objects[path]
-        if path.rsplit("/", 1)[-1] in ("jobs", "pods", "events", "finetunejobs", "workloads"):
+        if path.rsplit("/", 1)[-1] in ("jobs", "pods", "events", "finetunejobs", "networkpolicies", "workloads"):
             items = [
                 body
                 for name, body in sorted(self.objects.items())

@@ -288,7 +288,7 @@ class PlayedCluster(FakeKubernetes):
             return
         missing = self._missing(path, pod)
         if missing:
-            self._say(path, pod, f"MountVolume.SetUp failed: {missing} not found")
+            self._complain(path, pod, missing)
             self._later(self._start, which, 2.0, 4.0)
             return
         self._names += 1
@@ -313,7 +313,14 @@ class PlayedCluster(FakeKubernetes):
                 return f'persistentvolumeclaim "{claim}"'
         return None
 
-    def _say(self, path: str, pod: Manifest, message: str) -> None:
+    def _complain(self, path: str, pod: Manifest, missing: str) -> None:
+        """Of a claim the scheduler does, in the pod's status, of a ConfigMap the kubelet, by an Event."""
+        if missing.startswith("persistent"):
+            message = f"0/1 nodes are available: {missing} not found."
+            condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+            self.put(path, {**pod, "status": {"phase": "Pending", "conditions": [condition]}})
+            return
+        message = f'MountVolume.SetUp failed for volume "plan" : {missing} not found'
         about = {"uid": pod["metadata"]["uid"], "name": pod["metadata"]["name"]}
         event = {"involvedObject": about, "reason": "FailedMount", "message": message, "lastTimestamp": self.now()}
         self.put(path.replace("/pods/", "/events/"), event)
@@ -368,6 +375,7 @@ class PlayedCluster(FakeKubernetes):
         self._end(path, uid, code, said)
 
     async def _work(self, uid: str, stage: Stage, workspace: Workspace) -> tuple[int, Result]:
+        assert stage is Stage.PREPARE or workspace.completions, f"{stage} on an empty volume"
         step = resumed = workspace.step if stage is Stage.TRAIN else 0
         while step < LENGTH[stage]:
             await asyncio.sleep(random.uniform(0.5, 1.5))

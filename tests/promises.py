@@ -19,7 +19,8 @@ class Referee:
         self.gave_up: set[str] = set()
         """FineTuneJobs (uids) of which a Job has failed for good: these may fail."""
         self.status_writes = 0
-        self._reasons_to_go_back: Counter[str] = Counter()  # new pods, of which the first is none, and edits by hand
+        self._reasons_to_go_back: Counter[str] = Counter()
+        """New pods, of which the first is none, edits by hand, and workspaces that were deleted."""
         self._steps_back: Counter[str] = Counter()
         self._edited: defaultdict[str, bool] = defaultdict(bool)
 
@@ -29,6 +30,9 @@ class Referee:
                 self._resource(writer.startswith("replica"), old, new)
             elif "/jobs/" in path and new is not None:
                 self._job(writer, path, old, new)
+            elif "/persistentvolumeclaims/" in path and new is None and old is not None:
+                for owner in old["metadata"]["ownerReferences"]:
+                    self._reasons_to_go_back[owner["uid"]] += 1
             elif "/pods/" in path and new is not None and stage_of(new) is Stage.TRAIN:
                 self._train_pod(old, new)
         except AssertionError as error:

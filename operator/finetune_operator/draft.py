@@ -72,6 +72,12 @@ class Draft:
         if progress is not None and progress.percentage == 100:
             self.set(progress=progress.model_copy(update={"percentage": 99}))
 
+    def forget(self) -> None:
+        """Nothing of what was done is left."""
+        self.conditions.remove(ConditionType.DATA_READY, ConditionType.MEMORY_FITS, ConditionType.GATE_PASSED)
+        done = ("data", "model", "resolved", "memory", "metric", "metrics", "progress", "result", "pod_name")
+        self.set(**dict.fromkeys(done))
+
     def status(self) -> FineTuneJobStatus:
         conditions = self.conditions.to_list() or None
         return self._old.model_copy(update={**self._fields, "conditions": conditions})

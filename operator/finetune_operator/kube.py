@@ -44,7 +44,7 @@ from finetune_operator.observed import (
     terminated,
 )
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, KINDS, PODS, Store
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Store
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ class KubeCluster:
             mine = [pod for pod in self._store.get(PODS, key) if is_owned_by(pod, job["metadata"]["uid"])]
             if mine:
                 pods[stage] = sorted(mine, key=_age_order)
+        protected = {stage_of(policy) for policy in self._store.get(POLICIES, key) if is_owned_by(policy, resource.uid)}
         current = next((stage for stage in reversed(Stage) if stage in jobs), None)
         newest = pods.get(current, []) if current else []
         return resource, Observed(
@@ -112,6 +113,7 @@ class KubeCluster:
             progress=self._progress(current, newest) if current else None,
             workload=await self._workload_of(jobs.get(Stage.TRAIN)),
             events=await self._events_of(_waiting(jobs[current], newest)) if current else (),
+            exposed=[stage for stage, job in jobs.items() if stage not in protected and not has_ended(job)],
         )
 
     def _progress(self, stage: Stage, pods: Sequence[Manifest]) -> Progress | None:
@@ -141,7 +143,7 @@ class KubeCluster:
     async def refresh(self, key: Key) -> None:
         """A job that has no status, and no child that we know of, is new: if it has children after all, to create them
         once more will tell."""
-        for kind in KINDS:
+        for kind in (FINE_TUNE_JOBS, JOBS, PODS):
             try:
                 listed, version = await self._api.list_all(kind.path(key.namespace), kind.query_for(key))
             except ApiError as error:
@@ -168,8 +170,12 @@ class KubeCluster:
             else:
                 raise _as_cluster_error(f"cannot create {_name(manifest)}", error) from error
         else:
-            if manifest["kind"] == "Job":
-                self._store.put(JOBS, answer)
+            self._know(answer)
+
+    def _know(self, child: Manifest) -> None:
+        kind = {"Job": JOBS, "NetworkPolicy": POLICIES}.get(child["kind"])
+        if kind is not None:
+            self._store.put(kind, child)
 
     def _wait_for_pods_of_an_earlier_job(self, resource: Resource, manifest: Manifest) -> None:
         """A pod outlives its deleted Job while it saves: two writers on one workspace would be one too many.
@@ -202,9 +208,8 @@ class KubeCluster:
             )
         if retained_for is None and not is_owned_by(existing, resource.uid):
             raise NameClashError(f"{name} exists and belongs to somebody else: rename the FineTuneJob or delete it")
-        if manifest["kind"] == "Job":
-            self._store.put(JOBS, existing)
-        elif manifest["kind"] in REPLACEABLE and manifest_hash_of(existing) != manifest_hash_of(manifest):
+        self._know(existing)
+        if manifest["kind"] in REPLACEABLE and manifest_hash_of(existing) != manifest_hash_of(manifest):
             # PUT, and not server-side apply: that would leave fields that a former version of us has written
             current = {"uid": found["uid"], "resourceVersion": found["resourceVersion"]}
             try:

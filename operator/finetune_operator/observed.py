@@ -5,7 +5,7 @@ Objects of Kubernetes stay dicts in their JSON form, as the API server sent them
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -123,6 +123,8 @@ class Observed:
     """What Kueue keeps about the train Job while it is suspended."""
     events: Sequence[Manifest] = ()
     """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
+    exposed: Collection[Stage] = ()
+    """Stages at work whose NetworkPolicy is gone."""
 
     def result(self, stage: Stage) -> Result | None:
         """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""
@@ -235,6 +237,10 @@ def deadline_of(pod: Mapping[str, Any]) -> float:
     """Unix time at which a pod that is to end is killed; infinity for one that is not."""
     deadline = parse_time(pod["metadata"].get("deletionTimestamp"))
     return math.inf if deadline is None else deadline
+
+
+def is_pending(pod: Mapping[str, Any]) -> bool:
+    return bool((pod.get("status") or {}).get("phase", "Pending") == "Pending")
 
 
 def has_failed(pod: Mapping[str, Any]) -> bool:

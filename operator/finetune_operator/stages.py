@@ -11,12 +11,14 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FailureStatus, FineTuneJobStatus, MemoryStatus, ResultStatus
 
 from finetune_operator import kueue
+from finetune_operator.cluster import Event
 from finetune_operator.conditions import shorten
 from finetune_operator.decision import Context, Decision
 from finetune_operator.diagnose import Trouble, culprit, refusal, stage_failure, waiting_trouble
 from finetune_operator.draft import STAGE_SHARE, Draft
 from finetune_operator.evidence import has_outcome
 from finetune_operator.interruptions import note_interruption
+from finetune_operator.lost_children import is_missing, lacks_something, lost_children
 from finetune_operator.observed import (
     Manifest,
     Observed,
@@ -29,6 +31,7 @@ from finetune_operator.observed import (
     has_ended,
     has_failed,
     is_leaving,
+    is_pending,
     is_running,
     is_suspended,
     is_suspended_by_us,
@@ -92,7 +95,7 @@ class Walk:
             if condition_of(job, "Failed"):
                 return self._fail(stage, job)
             if not condition_of(job, "Complete"):
-                return self._stay(stage, job)
+                return self._at_work(stage, job)
             result = self.observed.result(stage)
             if result is None:
                 return self._without_result(stage, job)
@@ -137,9 +140,7 @@ class Walk:
         plan = build_plan(resource, self.spec, stage, self.context.layout)
         if stage is Stage.TRAIN and not self._fits(plan, resource):
             return self._decision()
-        children = render_stage(
-            resource, self.spec, plan, self.context.settings, self.context.layout, suspended=self.spec.suspend
-        )
+        children = self._render(plan, resource)
         self.draft.set(attempt=1)
         if stage is not Stage.PUBLISH:  # training is over: what its device decided stands in the status
             self.draft.set(resolved=resolved_status(plan, None, None))
@@ -155,6 +156,32 @@ class Walk:
             return self._decision(requeue_after=self._take_leave(stage))
         self._wait(stage, Reason.POD_STARTING, f"{stage} starts again: its Job is being deleted")
         return self._decision(requeue_after=LOOK_AGAIN_SECONDS)
+
+    def _render(self, plan: Plan, resource: Resource) -> list[Manifest]:
+        context = self.context
+        return render_stage(resource, self.spec, plan, context.settings, context.layout, suspended=self.spec.suspend)
+
+    def _lost_children(self, stage: Stage) -> tuple[Manifest, ...]:
+        resource = replace(self.resource, status=self.draft.status())
+        interrupted = resource.status.last_interruption != self.resource.status.last_interruption
+        if not interrupted and stage not in self.observed.exposed and not lacks_something(self.observed, stage):
+            return ()
+        children = self._render(build_plan(resource, self.spec, stage, self.context.layout), resource)
+        return lost_children(children, self.observed, stage, interrupted=interrupted)
+
+    def _workspace_is_gone(self, stage: Stage) -> bool:
+        """The job's own: one that the spec names is the user's to bring back."""
+        claim = f"{self.resource.key.name}-workspace"
+        is_own = self.spec.workspace.claim_name is None
+        return is_own and is_missing("PersistentVolumeClaim", claim, self.observed, stage)
+
+    def _begin_anew(self, stage: Stage) -> Decision:
+        """All that the stages before have left was on the volume."""
+        message = f"{stage} has lost its workspace: the claim was deleted; the job begins again"
+        self.draft.events.append(Event("Warning", Reason.STAGE_FAILED.value, message, self.draft.get("start_time")))
+        self.draft.forget()
+        self._wait(Stage.PREPARE, Reason.POD_STARTING, message)
+        return self._decision(restart=tuple(self.observed.jobs), requeue_after=LOOK_AGAIN_SECONDS)
 
     def _note_lost_job(self, stage: Stage) -> None:
         """The Job of a stage that was at work is gone, or goes."""
@@ -194,6 +221,12 @@ class Walk:
             phase, message = Phase.SUSPENDED, "spec.suspend is true; what is done is kept"
         self.draft.enter(phase, message)
 
+    def _at_work(self, stage: Stage, job: Manifest) -> Decision:
+        if stage is not Stage.PREPARE and self._workspace_is_gone(stage):
+            return self._begin_anew(stage)
+        decision = self._stay(stage, job)
+        return decision if decision.restart else replace(decision, create=self._lost_children(stage))
+
     def _stay(self, stage: Stage, job: Manifest) -> Decision:
         """The stage's Job is at work: says how far it is, or what it waits for."""
         pods = self.observed.pods.get(stage, ())
@@ -206,7 +239,7 @@ class Walk:
         change = self._changes(stage, job)
         newest = newest_of_each_node(pods)
         running = [pod for pod in newest if is_running(pod)]
-        starting = [pod for pod in newest if (pod.get("status") or {}).get("phase", "Pending") == "Pending"]
+        starting = [pod for pod in newest if is_pending(pod)]
         absent = nodes_of(job) - len(newest)
         if running and not starting and not absent:
             if self.spec.suspend or is_suspended(job) or any(map(is_leaving, newest)):

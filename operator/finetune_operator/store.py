@@ -21,6 +21,8 @@ class Kind:
     plural: str
     label: str = ""
     """Only objects with this label."""
+    names_only: bool = False
+    """What is in it does not matter, only whether it exists."""
 
     def path(self, namespace: str | None) -> str:
         return api_path(self.api_version, self.plural, namespace)
@@ -41,7 +43,8 @@ class Kind:
 FINE_TUNE_JOBS = Kind(API_VERSION, PLURAL)
 JOBS = Kind("batch/v1", "jobs", JOB_LABEL)
 PODS = Kind("v1", "pods", JOB_LABEL)
-KINDS = (FINE_TUNE_JOBS, JOBS, PODS)
+POLICIES = Kind("networking.k8s.io/v1", "networkpolicies", JOB_LABEL, names_only=True)
+KINDS = (FINE_TUNE_JOBS, JOBS, PODS, POLICIES)
 
 
 REMEMBERED = 10_000
@@ -90,9 +93,10 @@ class Store:
             self._remove(uid)
         if key is None:
             return False
-        self._objects[kind].setdefault(key, {})[uid] = _without_managed_fields(body)
+        self._objects[kind].setdefault(key, {})[uid] = _what_matters(kind, body)
         self._keys[uid] = kind, key
-        self.changed(key)
+        if not kind.names_only:
+            self.changed(key)
         return True
 
     def update(self, kind: Kind, body: Manifest) -> None:
@@ -147,9 +151,10 @@ class Store:
         return key
 
 
-def _without_managed_fields(body: Manifest) -> Manifest:
-    """They are half of an object's size, and nobody reads them."""
-    return {**body, "metadata": {k: v for k, v in body["metadata"].items() if k != "managedFields"}}
+def _what_matters(kind: Kind, body: Manifest) -> Manifest:
+    """Without managedFields: they are half of an object's size, and nobody reads them."""
+    metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
+    return {"metadata": metadata} if kind.names_only else {**body, "metadata": metadata}
 
 
 def version_of(body: Manifest) -> int:

@@ -73,7 +73,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, create, update] # update: one that an earlier version of the operator has made
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, create, update]
+  verbs: [get, list, watch, create, update] # watch: one that is deleted is made again at once
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create] # list: the scheduler's and the kubelet's words about a pod

@@ -8,13 +8,13 @@ import copy
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from finetune_api.constants import JOB_LABEL, Phase, Stage
+from finetune_api.constants import JOB_LABEL, Phase
 from finetune_operator.evidence import is_finished
-from finetune_operator.observed import Manifest, Resource, merge_patch, stage_of
+from finetune_operator.observed import Manifest, Resource, has_ended, merge_patch
 
 from tests import virtual_time
 from tests.fake_cluster import SPEC
@@ -26,6 +26,7 @@ NAMESPACE = "/namespaces/team"
 RESOURCES = f"/apis/finetune-operator.io/v1alpha1{NAMESPACE}/finetunejobs"
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/system/leases/finetune-operator"
 FOREIGN_JOB = f"/apis/batch/v1{NAMESPACE}/jobs/clash-train"
+CHILDREN = ("jobs", "pods", "configmaps", "networkpolicies", "persistentvolumeclaims")
 NAMES = ("one", "two", "three", "clash")
 
 QUIET_SECONDS = 120
@@ -87,6 +88,10 @@ class Campaign:
             if not is_finished(resource.status):
                 assert resource.status.phase is Phase.SUSPENDED, f"{name}: {resource.status}"
         assert not [path for path, pod in self.cluster.pods() if pod["status"]["phase"] in ("Pending", "Running")]
+        for path, job in self._children(["jobs"]):
+            if not has_ended(job):
+                policy = path.replace("/batch/", "/networking.k8s.io/").replace("/jobs/", "/networkpolicies/")
+                assert policy in self.cluster.objects, f"{path} is exposed"
         self._edit_all(suspend=False)
 
     async def _all_end(self) -> None:
@@ -110,25 +115,20 @@ class Campaign:
     async def _nothing_begins_again(self) -> None:
         await asyncio.sleep(QUIET_SECONDS)
         before, writes = self._resources(), self.referee.status_writes
-        for path, _ in list(self._children()):
+        for path, _ in self._children(CHILDREN):
             self.cluster.delete(path)
         await asyncio.sleep(QUIET_SECONDS * 3)
         assert self._resources() == before
         assert self.referee.status_writes == writes
-        assert not list(self._children())
+        assert not self._children(["jobs", "pods"])
 
     def _resources(self) -> dict[str, Resource]:
         bodies = self.cluster.objects.items()
         return {body["metadata"]["name"]: Resource.read(body) for path, body in bodies if path.startswith(RESOURCES)}
 
-    def _children(self, *stages: Stage) -> list[tuple[str, Manifest]]:
-        return [
-            (path, body)
-            for path, body in self.cluster.objects.items()
-            if ("/jobs/" in path or "/pods/" in path)
-            and path != FOREIGN_JOB
-            and (not stages or stage_of(body) in stages)
-        ]
+    def _children(self, kinds: Sequence[str]) -> list[tuple[str, Manifest]]:
+        objects = self.cluster.objects.items()
+        return [(path, body) for path, body in objects if path != FOREIGN_JOB and path.split("/")[-2] in kinds]
 
     def _edit_all(self, **spec: Any) -> None:
         for name in NAMES:
@@ -205,7 +205,7 @@ class Campaign:
     # --- somebody's hand
 
     def fault_child_deleted(self) -> bool | None:
-        children = self._children()
+        children = self._children(CHILDREN)
         if not children:
             return False
         path, body = self._random.choice(children)

@@ -8,7 +8,7 @@ from finetune_api.constants import JOB_LABEL
 from finetune_operator import informer as module
 from finetune_operator.informer import Informer
 from finetune_operator.observed import Key
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, KINDS, PODS, Store
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, KINDS, PODS, POLICIES, Store
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +103,16 @@ def test_a_list_of_what_belongs_to_one_job_changes_nothing_else():
     assert names(store, JOBS, Key("team2", "demo")) == ["far"]
 
 
+def test_of_a_policy_only_its_end_is_news():
+    store, told = Store(), []
+    store.changed = told.append
+    store.put(POLICIES, body("p", spec={"egress": []}))
+    assert "spec" not in store.get(POLICIES, KEY)[0]
+    assert not told
+    store.remove("p", 10**9)
+    assert told == [KEY]
+
+
 def test_our_own_objects_are_not_changed_by_storing_them():
     original = body()
     Store().put(JOBS, original)
@@ -134,6 +144,7 @@ async def test_it_is_synced_when_every_kind_was_listed_after_its_watch(world):
     assert not informer.synced.is_set()
     for kind in KINDS[:2]:
         informer.answered((kind, None), listed=True)
+    informer.answered((POLICIES, None), listed=True)
     informer.answered((PODS, None), listed=False)
     await settle()
     assert not informer.synced.is_set()
@@ -212,7 +223,7 @@ async def test_it_is_unhealthy_only_if_a_watch_hangs_while_the_server_answers(wo
     informer.saw((JOBS, None), "MODIFIED", body())
     clock[0] += 20
     informer._api.last_answer = clock[0]
-    assert informer.ages() == {"finetunejobs": 20, "jobs": 20, "pods": 310}
+    assert informer.ages() == {"finetunejobs": 20, "jobs": 20, "pods": 310, "networkpolicies": 310}
     well, words = informer.health()
     assert not well
     assert "pods: the watch was proven to work 310 s ago" in words

@@ -338,6 +338,18 @@ async def test_a_status_that_the_server_refuses_is_an_error(world):
         await world.cluster.write_status(await world.resource(), FineTuneJobStatus(phase=Phase.FAILED))
 
 
+async def test_a_stage_at_work_whose_policy_was_deleted_is_exposed(world):
+    resource = await world.resource()
+    world.job()
+    assert list((await world.observed()).exposed) == [Stage.TRAIN]
+    await world.cluster.create(resource, world.child("NetworkPolicy"))
+    assert not (await world.observed()).exposed, "the watch may be late"
+    world.store.remove(world.fake.objects[POLICY]["metadata"]["uid"], 0)
+    assert list((await world.observed()).exposed) == [Stage.TRAIN]
+    await world.cluster.create(resource, world.child("NetworkPolicy"))
+    assert not (await world.observed()).exposed, "it was there all the time"
+
+
 # --- refresh
 
 

@@ -561,6 +561,55 @@ async def test_a_deleted_child_is_made_again(cluster: FakeCluster) -> None:
     assert Stage.TRAIN in cluster.jobs
 
 
+def missing(kind: str, name: str) -> Manifest:
+    """A pod that does not start, in the scheduler's words."""
+    words = f'0/1 nodes are available: {kind} "{name}" not found.'
+    return {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "message": words}]}
+
+
+async def test_what_a_stage_still_needs_is_made_again(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.created.clear()
+    pod = cluster.pod(Stage.PREPARE, missing("persistentvolumeclaim", "demo-workspace"))
+    await cluster.turn()
+    assert kinds(cluster) == ["PersistentVolumeClaim"]
+    cluster.created.clear()
+    pod["status"] = {"phase": "Pending"}
+    words = 'MountVolume.SetUp failed for volume "plan" : configmap "demo-prepare" not found'
+    cluster.pod_events = [{"reason": "FailedMount", "message": words}]
+    await cluster.turn()
+    assert kinds(cluster) == ["ConfigMap"]
+    cluster.created.clear()
+    cluster.pod_events = []
+    cluster.exposed = [Stage.PREPARE]
+    await cluster.turn()
+    assert kinds(cluster) == ["NetworkPolicy"]
+
+
+async def test_what_somebody_else_should_bring_is_not_made(cluster: FakeCluster) -> None:
+    await cluster.settle()
+    cluster.created.clear()
+    cluster.pod(Stage.PREPARE, missing("persistentvolumeclaim", "the-teams-data"))
+    await cluster.settle()
+    assert not cluster.created
+    assert cluster.condition("Running") == ("False", "Unschedulable")
+
+
+async def test_a_job_that_has_lost_its_workspace_begins_again(cluster: FakeCluster) -> None:
+    """What prepare has left was on it: training an empty volume would fail for no fault of the user's."""
+    await cluster.pass_through(Stage.PREPARE)
+    cluster.pod(Stage.TRAIN, missing("persistentvolumeclaim", "demo-workspace"))
+    await cluster.settle()
+    assert list(cluster.jobs) == [Stage.PREPARE]
+    assert kinds(cluster)[-4:] == ["PersistentVolumeClaim", "NetworkPolicy", "ConfigMap", "Job"]
+    assert cluster.status.data is None
+    assert cluster.status.phase is Phase.PENDING
+    cluster.start(Stage.PREPARE)
+    cluster.finish(Stage.PREPARE)
+    await cluster.pass_through(Stage.TRAIN, Stage.PUBLISH)
+    assert cluster.status.phase is Phase.SUCCEEDED
+
+
 async def test_a_result_that_was_lost_with_its_pod_is_made_again(cluster: FakeCluster) -> None:
     await cluster.settle()
     cluster.start(Stage.PREPARE)

@@ -142,6 +142,15 @@ async def test_the_last_attempt_is_the_last_one_also_before_the_job_says_so(clus
     assert len([event for event in cluster.events.values() if "of train failed" in event.message]) == 1
 
 
+async def test_the_name_by_which_nodes_meet_is_made_again_when_one_of_them_is(cluster: FakeCluster) -> None:
+    """Nobody would tell that it is gone: the nodes would lose each other again and again."""
+    await two_nodes_train(cluster)
+    cluster.created.clear()
+    cluster.crash(TRAIN, 1, final=False)
+    await cluster.turn()
+    assert [child["kind"] for child in cluster.created] == ["Service"]
+
+
 async def test_a_preempted_node_and_its_victims_cost_nothing(cluster: FakeCluster) -> None:
     await two_nodes_train(cluster)
     cluster.crash(TRAIN, 143, final=False, node=1)
