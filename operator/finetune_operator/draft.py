@@ -5,6 +5,7 @@ from typing import Any
 from finetune_api.constants import ConditionType, Phase, Reason, Stage
 from finetune_api.progress import Progress, Result, TrainResult
 from finetune_api.status import (
+    DataStatus,
     FailureStatus,
     FineTuneJobStatus,
     InterruptionStatus,
@@ -77,6 +78,24 @@ class Draft:
         self.conditions.remove(ConditionType.DATA_READY, ConditionType.MEMORY_FITS, ConditionType.GATE_PASSED)
         done = ("data", "model", "resolved", "memory", "metric", "metrics", "progress", "result", "pod_name")
         self.set(**dict.fromkeys(done))
+
+    def confirm(self) -> None:
+        """Says of what is done that it is done, also where somebody has taken that away."""
+        data: DataStatus | None = self.get("data")
+        result: ResultStatus | None = self.get("result")
+        if data is not None and not self.conditions.is_true(ConditionType.DATA_READY):
+            message = f"{data.rows_kept} rows kept, {data.rows_rejected} rejected, {data.tokens} tokens to train on"
+            self.conditions.set(ConditionType.DATA_READY, True, Reason.PREPARED, message)
+        if result is None or result.scores is None:
+            return
+        gate = result.gate
+        passed = gate is None or gate.passed
+        if self.conditions.get(ConditionType.GATE_PASSED) is None or (
+            self.conditions.is_true(ConditionType.GATE_PASSED) is not passed
+        ):
+            reason = Reason.NO_GATE if gate is None else Reason.PASSED if passed else Reason.GATE_FAILED
+            message = gate.message if gate else "the spec asks for no gate"
+            self.conditions.set(ConditionType.GATE_PASSED, passed, reason, message)
 
     def status(self) -> FineTuneJobStatus:
         conditions = self.conditions.to_list() or None
@@ -258,6 +277,8 @@ class Draft:
         """Ends the job: it stays failed whatever happens to its children."""
         self._end()
         message = f"{failure.stage}: {failure.message}" if failure.stage else failure.message
+        if failure.stage is Stage.PREPARE:
+            self.conditions.set(ConditionType.DATA_READY, False, failure.reason, failure.message)
         self.conditions.set(ConditionType.FAILED, True, failure.reason, message)
         self.conditions.set(ConditionType.COMPLETE, False, failure.reason, message)
         self.running(False, failure.reason, message)

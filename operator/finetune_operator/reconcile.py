@@ -100,6 +100,7 @@ def _after_the_end(resource: Resource, spec: FineTuneJobSpec, observed: Observed
             if result is not None:
                 draft.absorb(result)
         draft.succeed(success_message(draft.status()))
+    draft.confirm()
     status = draft.status()
     stop = _stop_all(observed)
     lifetime, ended = spec.limits.ttl_seconds_after_finished, parse_time(status.completion_time)

@@ -84,6 +84,7 @@ class Walk:
     def go(self) -> Decision:
         if self.spec.suspend:  # what ends now was asked to by the user: no interruption
             self.draft.set(pod_name=None)
+        self.draft.confirm()
         for stage in Stage:
             if has_outcome(self.draft.status(), stage):
                 continue
@@ -372,20 +373,11 @@ class Walk:
         self.draft.absorb(result)
         self.draft.at(STAGE_SHARE[stage][1])
         self.draft.running(False, Reason.BETWEEN_STAGES, f"{stage} is done")
-        if stage is Stage.PREPARE:
-            data = self.draft.get("data")
-            message = f"{data.rows_kept} rows kept, {data.rows_rejected} rejected, {data.tokens} tokens to train on"
-            self.draft.conditions.set(ConditionType.DATA_READY, True, Reason.PREPARED, message)
+        self.draft.confirm()
         if stage is Stage.TRAIN:
-            self._finish_training(result)
-
-    def _finish_training(self, result: Result) -> None:
-        resource = replace(self.resource, status=self.draft.status())
-        plan = build_plan(resource, self.spec, Stage.TRAIN, self.context.layout)
-        self.draft.set(resolved=resolved_status(plan, None, result.train))
-        gate = result.train.gate if result.train else None
-        reason, message = (Reason.PASSED, gate.message) if gate else (Reason.NO_GATE, "the spec asks for no gate")
-        self.draft.conditions.set(ConditionType.GATE_PASSED, True, reason, message)
+            resource = replace(self.resource, status=self.draft.status())
+            plan = build_plan(resource, self.spec, Stage.TRAIN, self.context.layout)
+            self.draft.set(resolved=resolved_status(plan, None, result.train))
 
     def _fail(self, stage: Stage, job: Manifest) -> Decision:
         pods = self.observed.pods.get(stage, ())
@@ -395,9 +387,7 @@ class Walk:
             result = result_of(failed)
             if result is not None:
                 self.draft.absorb(result)
-            self.draft.conditions.set(ConditionType.GATE_PASSED, False, failure.reason, failure.message)
-        if stage is Stage.PREPARE:
-            self.draft.conditions.set(ConditionType.DATA_READY, False, failure.reason, failure.message)
+                self.draft.confirm()
         self.draft.fail(failure)
         return self._decision()
 

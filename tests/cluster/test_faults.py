@@ -1,9 +1,10 @@
 """Killed trainers and operators: nothing is lost, nothing happens twice."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,32 @@ def operator_away() -> Iterator[None]:
     finally:
         kit.kubectl(*scale, "--replicas=2")
         wait_for_operators()
+
+
+def leader() -> str:
+    lease = kit.get("lease", "finetune-operator", kit.SYSTEM_NAMESPACE)
+    return str((lease or {}).get("spec", {}).get("holderIdentity") or "")
+
+
+def wait_for_a_leader(other_than: str = "") -> str:
+    def look() -> str:
+        holder = leader()
+        return holder if holder != other_than and holder in {p["metadata"]["name"] for p in kit.operator_pods()} else ""
+
+    return kit.wait_until(look, 60, "a leader", kit.describe_operator)
+
+
+def restart_api_server() -> None:
+    """kill -9; all watches of all programs break. The cluster's own tool brings it back, where there is one."""
+    tool = os.environ.get("FINETUNE_CLUSTER_TOOL")
+    if tool is None:
+        return
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if Path(command_line.read_text().split("\0")[0]).name == "kube-apiserver":
+                os.kill(int(command_line.parent.name), signal.SIGKILL)
+    kit.run(tool, "up")
+    kit.wait_until(lambda: kit.kubectl("get", "--raw=/readyz") == "ok", 60, "the API server")
 
 
 def step_of(job: dict[str, Any]) -> int:
@@ -162,14 +189,9 @@ def test_deletion_needs_no_operator(workbench: Workbench) -> None:
 
 
 def test_the_other_replica_takes_over(workbench: Workbench) -> None:
-    def leader() -> str:
-        lease = kit.get("lease", "finetune-operator", kit.SYSTEM_NAMESPACE)
-        return str((lease or {}).get("spec", {}).get("holderIdentity") or "")
-
-    kit.wait_until(lambda: leader() in {p["metadata"]["name"] for p in kit.operator_pods()}, 60, "a leader")
-    first = leader()
+    first = wait_for_a_leader()
     kit.kubectl("-n", kit.SYSTEM_NAMESPACE, "delete", "pod", first, "--wait=false")
-    kit.wait_until(lambda: leader() not in ("", first), 30, "another leader")
+    wait_for_a_leader(other_than=first)
     name = workbench.submit(tiny_classification())
     workbench.wait(name, "Succeeded", 180)
     workbench.delete(name)
@@ -186,3 +208,58 @@ def test_a_broken_job_disturbs_no_other(workbench: Workbench) -> None:
         assert workbench.wait(name, "Failed", 60)["status"]["failure"]["reason"] == "DataInvalid"
     for name in names:
         workbench.delete(name)
+
+
+def test_one_fault_after_the_other_does_a_training_no_harm(workbench: Workbench) -> None:
+    """On the real thing what tests/unit/operator/test_faults.py plays."""
+    name = workbench.submit(long_classification(steps=2000))
+    in_namespace = ("-n", workbench.namespace)
+    train = f"{name}-train"
+
+    def trains_on(after: int) -> None:
+        def look(job: dict[str, Any]) -> bool:
+            return bool(job["status"].get("phase") == "Training" and step_of(job) > after)
+
+        kit.wait_for(workbench.namespace, name, look, 90, f"training beyond step {after}")
+
+    def patch(kind: str, which: str, namespace: str, body: dict[str, Any], *options: str) -> None:
+        kit.kubectl("-n", namespace, "patch", kind, which, "--type=merge", "-p", json.dumps(body), *options)
+
+    trains_on(after=20)
+    uid = job_uids(workbench, name)[train]
+
+    forged = {"phase": "Succeeded", "completionTime": "9999-12-31T23:59:59Z", "conditions": None, "attempt": 7}
+    patch("ftj", name, workbench.namespace, {"status": forged}, "--subresource=status")
+    trains_on(after=20)
+    status = workbench.status(name)
+    assert (status["attempt"], status.get("completionTime")) == (1, None)
+    assert kit.condition(kit.get_job(workbench.namespace, name), "DataReady")["status"] == "True"
+
+    policy = kit.get("networkpolicy", train, workbench.namespace)
+    kit.kubectl(*in_namespace, "delete", "networkpolicy", train)
+    remade = kit.wait_until(lambda: kit.get("networkpolicy", train, workbench.namespace), 20, "the policy again")
+    assert policy is not None and remade is not None and remade["spec"] == policy["spec"]
+
+    wait_for_a_leader()
+    patch("lease", "finetune-operator", kit.SYSTEM_NAMESPACE, {"spec": {"holderIdentity": "nobody-we-know"}})
+    wait_for_a_leader(other_than="nobody-we-know")
+    leading = next(pod for pod in kit.operator_pods() if pod["metadata"]["name"] == leader())
+    signal_container(leading, signal.SIGKILL)
+    restart_api_server()
+    wait_for_a_leader()
+    trains_on(after=step_of(kit.get_job(workbench.namespace, name)))
+    assert job_uids(workbench, name)[train] == uid, "it is the same Job all the time"
+
+    workbench.set(name, suspend=True)
+    kill_operators()
+    workbench.set(name, suspend=False)
+    kit.kubectl(*in_namespace, "delete", "job", train, "--wait=false")
+    kit.kubectl(*in_namespace, "delete", "configmap", train)
+    job = workbench.wait(name, "Succeeded", 240)
+    assert job_uids(workbench, name)[train] != uid
+    assert step_of(job) == 2000
+    assert "Going on from the checkpoint of step" in kit.logs(
+        workbench.namespace, kit.pods(workbench.namespace, name, "train")[-1]["metadata"]["name"]
+    )
+    workbench.delete(name)
+    wait_for_operators()

@@ -407,6 +407,10 @@ async def test_what_was_taken_out_of_a_final_status_comes_back(cluster: FakeClus
     assert cluster.condition("Complete") == (("True", "Succeeded") if end == "success" else ("False", "StageFailed"))
     assert (cluster.condition("Failed") is None) == (end == "success")
     assert after.completion_time is not None
+    for kind in ("DataReady", "GatePassed"):
+        assert cluster.condition(kind) == next(
+            ((c.status, c.reason) for c in before.conditions if c.type == kind), None
+        )
     assert len(cluster.created) == created
 
 
