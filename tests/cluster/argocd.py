@@ -12,6 +12,20 @@ from tests.cluster import kit
 NAMESPACE = "argocd"
 SERVER = "https://127.0.0.1:6443"
 BRANCH = "main"
+PROJECT = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "AppProject",
+    "metadata": {"name": "tests", "namespace": NAMESPACE},
+    "spec": {
+        "sourceRepos": ["*"],
+        "destinations": [{"namespace": "*", "server": "*"}],
+        "clusterResourceWhitelist": [{"group": "*", "kind": "*"}],
+        "orphanedResources": {"warn": True},
+    },
+}
+"""Of all Applications: it warns of objects in their namespace that are not theirs, nor their objects' children."""
+
+ORPHANS = "OrphanedResourceWarning"
 GITOPS_PAGE = kit.ROOT / "docs" / "gitops.md"
 REFRESH = "argocd.argoproj.io/refresh"
 
@@ -19,6 +33,7 @@ REFRESH = "argocd.argoproj.io/refresh"
 def start(tool: str) -> None:
     """Starts Argo CD and gives it the health check as docs/gitops.md says."""
     kit.run("bash", tool, "argocd", timeout=300)
+    kit.apply(PROJECT)
     (command,) = (block for block in _code_blocks(GITOPS_PAGE.read_text()) if "create configmap argocd-cm" in block)
     kit.run("bash", "-euo", "pipefail", "-c", command)
 
@@ -67,7 +82,7 @@ class Application:
     def create(cls, source: Mapping[str, Any], namespace: str, *sync_options: str, automated: bool = True) -> Self:
         """`automated` applies new commits, prunes, and undoes what others change."""
         spec = {
-            "project": "default",
+            "project": PROJECT["metadata"]["name"],
             "source": {"targetRevision": BRANCH, **source},
             "destination": {"server": SERVER, "namespace": namespace},
             "syncPolicy": {

@@ -93,12 +93,13 @@ def test_what_git_says_again_or_may_not_say_changes_nothing(
     repository.commit(data, job)
     application = Application.create(repository.source, namespace, *sync_options)
     status = application.wait("Synced", "Suspended")
+    assert argocd.ORPHANS not in {one["type"] for one in status.get("conditions", [])}, "children are the job's"
     assert {(one["kind"], one["name"]) for one in status["resources"]} == {
         ("ConfigMap", "headlines-data"),
         ("FineTuneJob", "headlines"),
     }, "what the job makes is not taken for something that git should have"
 
-    before = everything_of("headlines", namespace)
+    before = at_rest("headlines", namespace)
     assert application.sync()["operationState"]["phase"] == "Succeeded"
     assert everything_of("headlines", namespace) == before
 
@@ -110,6 +111,18 @@ def test_what_git_says_again_or_may_not_say_changes_nothing(
     application.wait("Synced", "Suspended")
     assert everything_of("headlines", namespace) == before
     application.delete()
+
+
+def at_rest(name: str, namespace: str) -> dict[str, str]:
+    """`everything_of` a suspended job when all that its creation sets off is over."""
+    seen: list[dict[str, str]] = [{}]
+
+    def look() -> bool:
+        seen.append(everything_of(name, namespace))
+        return seen[-1] == seen[-2]
+
+    kit.wait_until(look, 30, f"{name} at rest", lambda: kit.describe(namespace, name))
+    return seen[-1]
 
 
 def everything_of(name: str, namespace: str) -> dict[str, str]:
