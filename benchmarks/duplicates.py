@@ -52,7 +52,7 @@ def main() -> None:
         for first in range(0, len(texts), BATCH):
             files.add(sign(texts[first : first + BATCH], options.similarity))
         signed = time.perf_counter()
-        found = find_similar(files, np.full(len(texts), -1, np.int16), np.arange(len(texts)))
+        found = find_similar(files, np.full(len(texts), -1, np.int16), np.arange(len(texts), dtype=np.int32))
         done = time.perf_counter()
     print(f"{options.rows} rows of {LENGTH} words, similarity {options.similarity}, one process")
     speeds = options.rows / (signed - start), options.rows / (done - signed)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
@@ -37,6 +36,7 @@ from finetune_trainer.data.convert import usable_formats
 from finetune_trainer.data.decide import decide
 from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
+from finetune_trainer.data.groups import Groups
 from finetune_trainer.data.labels import check_minimum, label_order, resolve_labels
 from finetune_trainer.data.page import render_html
 from finetune_trainer.data.pipeline import PlacedRow, Rows, batch_rows, open_sources, read_all
@@ -46,12 +46,11 @@ from finetune_trainer.data.report import Findings
 from finetune_trainer.data.review.decisions import Decided, check_labels, check_names, read_decisions
 from finetune_trainer.data.split import Split, check_splits
 from finetune_trainer.data.spool import Spool
-from finetune_trainer.data.statistics import TokenStatistics, measure_packing, truncation_policy
+from finetune_trainer.data.statistics import TokenStatistics, truncation_policy
 from finetune_trainer.data.store import (
     DataManifest,
     SplitWriter,
     TokenizedRow,
-    open_split,
     read_manifest,
     write_manifest,
 )
@@ -209,6 +208,7 @@ def make_data(this: Run, downloads: Path) -> DataReport:
         if similarity is not None:
             signatures = stack.enter_context(SignatureFiles(downloads / SIGNATURES, similarity))
         rows = read_data(this, Rows(this.findings.sources, spool, signatures))
+        rows.ledger.settle()  # looking at a model takes hundreds of MB by itself
         encoder = fetch_foundation(this)
         if encoder is not None:
             write_data(this, rows, encoder)
@@ -233,7 +233,7 @@ def read_data(this: Run, rows: Rows) -> Rows:
     return rows
 
 
-def review_labels(this: Run, rows: Rows, groups: npt.NDArray[np.int64], decided: Decided) -> None:
+def review_labels(this: Run, rows: Rows, groups: Groups, decided: Decided) -> None:
     """Marks the rows whose label is probably wrong, and shows them to people."""
     from finetune_trainer.data.review.run import find_facts, report_decisions, review  # scikit-learn takes a second
 
@@ -353,7 +353,7 @@ def _tokenization(this: Run, statistics: TokenStatistics, folder: Path) -> Token
         splits=statistics.splits(read_manifest(folder).splits, plan.task),
         histogram=findings.lengths.histogram(),
         texts=statistics.texts(),
-        packing=measure_packing(open_split(folder, Split.TRAIN, paired), findings.max_length, plan.task, paired),
+        packing=statistics.packing(findings.max_length, plan.task, paired),
     )
 
 

@@ -11,10 +11,12 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.report import DataReport, Quarantined
 from finetune_api.spec import Task
+from finetune_trainer.data import groups
 from finetune_trainer.data.duplicates import search, signatures
-from finetune_trainer.data.duplicates.search import SignatureFiles, Similar, find_similar, join
-from finetune_trainer.data.duplicates.signatures import NUMBERS, Signed, band_count, rows_per_band, shingles, sign
+from finetune_trainer.data.duplicates.search import SignatureFiles, Similar, find_similar
+from finetune_trainer.data.duplicates.signatures import NUMBERS, band_count, rows_per_band, shingles, sign
 from finetune_trainer.data.examples import Conversation, Example, PlainText, Preference, PromptCompletion, Turn
+from finetune_trainer.data.groups import flatten, join
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def similar_rows(folder: Path, examples: list[Example], similarity: float, label
         for start in range(0, len(examples), 100):
             files.add(sign(examples[start : start + 100], similarity))
         rows = len(examples)
-        return find_similar(files, np.array(labels or [-1] * rows, np.int16), np.arange(rows))
+        return find_similar(files, np.array(labels or [-1] * rows, np.int16), np.arange(rows, dtype=np.int32))
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.95])
@@ -149,7 +151,9 @@ def test_rows_that_are_added_leave_what_was_decided(tmp_path_factory, seed, coun
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40))
 def test_groups_are_what_can_be_reached(pairs):
     earlier, later = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
-    groups = join(np.arange(20), earlier, later)
+    groups = np.arange(20, dtype=np.int32)
+    join(groups, earlier, later)
+    flatten(groups)
     reached = {row: {row} for row in range(20)}
     for one, other in pairs:
         both = reached[one] | reached[other]
@@ -168,33 +172,11 @@ def test_labels_that_differ_make_no_repeat(tmp_path):
 def test_parts_of_a_band_find_what_the_whole_finds(tmp_path, monkeypatch):
     texts = variants(random.Random(2), 50)
     whole = similar_rows(tmp_path / "whole", texts, 0.8)
-    monkeypatch.setattr(search, "ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(groups, "ROWS_AT_ONCE", 40)
     monkeypatch.setattr(search, "PAIRS_AT_ONCE", 7)
     parts = similar_rows(tmp_path / "parts", texts, 0.8)
     assert parts.groups.tolist() == whole.groups.tolist()
     assert parts.repeats.tolist() == whole.repeats.tolist()
-
-
-@pytest.mark.long
-def test_memory_stays_flat(tmp_path):
-    """Two million rows, a tenth of them copies."""
-    rng = np.random.default_rng(0)
-    with SignatureFiles(tmp_path, 0.8) as files:
-        for _ in range(2000):
-            signatures = rng.integers(0, 1 << 16, (1000, NUMBERS), np.uint16)
-            bands = rng.integers(0, 1 << 63, (band_count(0.8), 1000), np.uint64)
-            signatures[900:] = signatures[:100]
-            bands[:, 900:] = bands[:, :100]
-            files.add(Signed(bands, signatures))
-        before = _peak()
-        found = find_similar(files, np.full(files.rows, -1, np.int16), np.arange(files.rows))
-        assert found.repeats.sum() == 200_000
-        assert _peak() - before < 300 << 20
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 # --- through the whole stage

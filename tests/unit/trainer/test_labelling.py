@@ -272,7 +272,7 @@ def test_the_ledger_knows_which_rows_rules_have_labelled():
 
 def conflicts(groups: list[int], labels: list[int], action: ConflictAction) -> list[int]:
     """The rows that are not trained on."""
-    found = find_conflicts(np.array(groups, np.int64), np.array(labels, np.int16))
+    found = find_conflicts(np.array(groups, np.int32), np.array(labels, np.int16))
     return np.flatnonzero(found.unwanted(action, np.ones(len(groups), np.bool_))).tolist()
 
 
@@ -290,7 +290,7 @@ def test_a_majority_is_more_than_half():
 
 
 def test_rows_that_are_not_trained_on_stay_and_are_counted():
-    found = find_conflicts(np.array([0, 0, 2, 2], np.int64), np.array([0, 1, 0, 1], np.int16))
+    found = find_conflicts(np.array([0, 0, 2, 2], np.int32), np.array([0, 1, 0, 1], np.int16))
     training = np.array([True, True, False, False])
     unwanted = found.unwanted(ConflictAction.DROP, training)
     assert unwanted.tolist() == [True, True, False, False]

@@ -5,13 +5,14 @@ import pytest
 from finetune_api.dataset import DataFormat
 from finetune_api.plan import PlanSource
 from finetune_trainer.data.examples import LabelledText
+from finetune_trainer.data.groups import group_rows
 from finetune_trainer.data.ledger import Ledger
 from finetune_trainer.data.read import RawRow
 from finetune_trainer.data.review import suspicion
 from finetune_trainer.data.review.confident import ConfidentJoint, Thresholds, is_suspicious, judge
 from finetune_trainer.data.review.cross_validation import FOLDS, Classifiers, Features, fold_of
 from finetune_trainer.data.review.suspicion import Facts, find_suspicious
-from finetune_trainer.data.split import TRAIN, Split, group_rows, input_key
+from finetune_trainer.data.split import TRAIN, Split, input_key
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.work import Batch, BatchWorker
 from hypothesis import given
@@ -137,7 +138,7 @@ def find(folder, rows: list[tuple[str, str]], chunk: int = 50) -> tuple[suspicio
             ]
             done = worker.work(Batch(0, source, DataFormat.LABELLED_TEXT, raw))
             ledger.add(Split.TRAIN, done)
-            spool.write(0, len(done.lines), done.examples)
+            spool.write(0, done.lines, done.examples)
         ledger.close()
         ledger.splits[:] = TRAIN
         nothing = np.zeros(len(rows), np.bool_)

@@ -15,13 +15,13 @@ from finetune_trainer.data.examples import (
     PromptCompletion,
     Turn,
 )
+from finetune_trainer.data.groups import group_rows
 from finetune_trainer.data.labels import check_label_count, label_order, resolve_labels
 from finetune_trainer.data.ledger import Ledger
 from finetune_trainer.data.split import (
     SPLITS,
     Split,
     check_splits,
-    group_rows,
     input_key,
     leave_out_held_out,
     place_rows,

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from finetune_api.report import DataReport, LengthHistogram, Remark
 from finetune_api.spec import Task
 from finetune_trainer.data.report import Lengths
 from finetune_trainer.data.statistics import count_words, measure_packing
-from finetune_trainer.data.store import TokenizedRow, open_split, write_split
 from finetune_trainer.errors import UserError
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
@@ -68,34 +66,27 @@ def test_every_row_is_in_its_bucket(tokens):
     assert found.rows[0] and found.rows[-1]
 
 
-def stored(folder: Path, *tokens: int, paired: bool = False):
-    """Rows of these lengths; of a pair the worse answer is twice as long."""
-    rows = [TokenizedRow([1] * n, [False] + [True] * (n - 1)) for n in tokens]
-    if paired:
-        rows = [
-            r._replace(rejected=TokenizedRow([1] * 2 * n, [True] * 2 * n)) for r, n in zip(rows, tokens, strict=True)
-        ]
-    write_split(folder / "train", rows, Task.GENERATION)
-    return open_split(folder, "train", paired)
+def documents(*tokens: int):
+    return np.array(tokens, np.int32)
 
 
-def test_the_share_of_real_tokens_is_that_of_the_cut(tmp_path):
-    rows = stored(tmp_path, *[60, 40] * 16)
+def test_the_share_of_real_tokens_is_that_of_the_cut():
+    rows = documents(*[60, 40] * 16)
     found = measure_packing(rows, 100, Task.GENERATION, paired=False)
     assert (found.sampled_rows, found.packed, found.padded, found.fixed) == (32, 1.0, 1.0, 0.5)
     assert measure_packing(rows, 200, Task.GENERATION, paired=False).fixed == 0.25
-    uneven = measure_packing(stored(tmp_path / "u", *[10, 30] * 16), 40, Task.GENERATION, paired=False)
+    uneven = measure_packing(documents(*[10, 30] * 16), 40, Task.GENERATION, paired=False)
     assert uneven.packed > uneven.fixed == 0.5
-    assert measure_packing(stored(tmp_path / "n"), 40, Task.GENERATION, paired=False) is None
+    assert measure_packing(documents(), 40, Task.GENERATION, paired=False) is None
 
 
-def test_a_pair_takes_two_sequences(tmp_path):
-    found = measure_packing(stored(tmp_path, *[20] * 8, paired=True), 40, Task.GENERATION, paired=True)
+def test_a_pair_takes_two_sequences():
+    found = measure_packing(documents(*[20, 40] * 8), 40, Task.GENERATION, paired=True)
     assert (found.fixed, found.padded) == (0.75, 0.75)
 
 
-def test_as_many_rows_are_tried_as_take_no_time(tmp_path):
-    rows = stored(tmp_path, *np.random.default_rng(1).integers(5, 50, 20_000).tolist())
+def test_as_many_rows_are_tried_as_take_no_time():
+    rows = documents(*np.random.default_rng(1).integers(5, 50, 20_000).tolist())
     found = measure_packing(rows, 64, Task.GENERATION, paired=False)
     assert found.sampled_rows == 512 * 32
     assert found == measure_packing(rows, 64, Task.GENERATION, paired=False)

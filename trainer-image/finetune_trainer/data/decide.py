@@ -1,20 +1,19 @@
 """What can only be said of a row when all are known: whether it is left out, and its split. It takes no texts."""
 
-import numpy as np
-import numpy.typing as npt
 from finetune_api.dataset import ConflictAction, DuplicateAction
 from finetune_api.plan import PlanDataset
 from finetune_api.report import ConflictReport, DuplicateReport
 
 from finetune_trainer.data.duplicates.judge import Duplicates, find_duplicates
+from finetune_trainer.data.groups import Groups, group_rows
 from finetune_trainer.data.label_conflicts import find_conflicts
 from finetune_trainer.data.ledger import Ledger, Verdict
 from finetune_trainer.data.pipeline import Rows, Survey
 from finetune_trainer.data.quarantine import Quarantine
-from finetune_trainer.data.split import TRAIN, group_rows, leave_out_held_out, place_rows
+from finetune_trainer.data.split import TRAIN, leave_out_held_out, place_rows
 
 
-def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> npt.NDArray[np.int64]:
+def decide(rows: Rows, dataset: PlanDataset, quarantine: Quarantine, survey: Survey) -> Groups:
     """Sets verdicts and splits in the ledger; rows that are left out go into `quarantine`, counts into `survey`.
 
     Returns the groups: for each row the number of one that stands for all with the same input, or a similar one.
@@ -48,7 +47,7 @@ def _leave_out_duplicates(ledger: Ledger, duplicates: Duplicates, dataset: PlanD
     return duplicates.report(settings.similarity if settings else None, dropped, held_out)
 
 
-def _leave_out_conflicts(ledger: Ledger, groups: npt.NDArray[np.int64], dataset: PlanDataset) -> ConflictReport:
+def _leave_out_conflicts(ledger: Ledger, groups: Groups, dataset: PlanDataset) -> ConflictReport:
     """After the splits are known: rows of validation and test stay."""
     action = dataset.labelling.conflicts if dataset.labelling else ConflictAction.KEEP
     conflicts = find_conflicts(groups, ledger.labels)

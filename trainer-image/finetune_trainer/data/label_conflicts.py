@@ -7,6 +7,8 @@ import numpy.typing as npt
 from finetune_api.dataset import ConflictAction
 from finetune_api.report import ConflictReport
 
+from finetune_trainer.data.groups import Groups
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -40,7 +42,7 @@ class Conflicts:
         )
 
 
-def find_conflicts(groups: npt.NDArray[np.int64], labels: npt.NDArray[np.int16]) -> Conflicts:
+def find_conflicts(groups: Groups, labels: npt.NDArray[np.int16]) -> Conflicts:
     """groups: the number of a row that stands for all with the same text (or nearly the same), for each row; labels:
     the number of each row's label. Both [rows]. All rows of a group vote, duplicates that are left out too.
     """
@@ -48,7 +50,7 @@ def find_conflicts(groups: npt.NDArray[np.int64], labels: npt.NDArray[np.int16])
     several[groups[labels != labels[groups]]] = True
     rows: Mask = several[groups]
     places = np.flatnonzero(rows)
-    pairs = groups[places] * (int(labels.max(initial=0)) + 1) + labels[places]
+    pairs = groups[places].astype(np.int64) * (int(labels.max(initial=0)) + 1) + labels[places]
     _, pair, votes = np.unique(pairs, return_inverse=True, return_counts=True)
     _, group, members = np.unique(groups[places], return_inverse=True, return_counts=True)
     minority = np.zeros(len(groups), np.bool_)

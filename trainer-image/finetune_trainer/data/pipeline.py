@@ -132,19 +132,17 @@ class Rows:
         ledger, kept = self.ledger, self.ledger.kept
         for chunk in self.spool.chunks():
             file = self.files[chunk.file][1]
-            for number, example in enumerate(chunk.examples, start=chunk.start):
+            for number, (line, example) in enumerate(zip(chunk.lines, chunk.examples, strict=True), start=chunk.start):
                 if kept[number]:
                     split, suspicious = SPLITS[ledger.splits[number]], bool(ledger.suspicious[number])
-                    yield PlacedRow(file, int(ledger.lines[number]), split, example, suspicious)
+                    yield PlacedRow(file, line, split, example, suspicious)
 
     def left_out(self) -> Iterator[tuple[SourceFile, Rejection]]:
         """Those that are not, and why."""
-        for number in np.flatnonzero(~self.ledger.kept).tolist():
+        for number in map(int, np.flatnonzero(~self.ledger.kept)):
             why = REASONS[Verdict(self.ledger.verdicts[number])]
-            yield (
-                self.files[self.spool.file_of(number)][1],
-                Rejection(int(self.ledger.lines[number]), why.reason, why.detail),
-            )
+            file, line = self.spool.locate(number)
+            yield self.files[file][1], Rejection(line, why.reason, why.detail)
 
 
 def read_all(
@@ -178,7 +176,7 @@ def read_all(
             for rejected in batch.rejected:
                 quarantine.add(file, rejected.rejection, rejected.invalid)
             rows.ledger.add(opened.origin, batch)
-            rows.spool.write(batch.file, len(batch.lines), batch.examples)
+            rows.spool.write(batch.file, batch.lines, batch.examples)
             if rows.signatures and batch.signed:
                 rows.signatures.add(batch.signed)
         check_columns(dataset, survey.log.labelling)

@@ -1,9 +1,8 @@
 """report/data.json: what the data looks like, from whatever is known when it is written."""
 
 import json
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,46 +37,52 @@ MAX_IGNORED_FILES = 100
 
 
 class Lengths:
-    """Tokens per row, 4 bytes each."""
+    """Tokens per row: how many rows have how many."""
 
     def __init__(self) -> None:
-        self._values = array("i")
+        self._rows: Counter[int] = Counter()
 
     def add(self, tokens: int) -> None:
-        self._values.append(tokens)
+        self._rows[tokens] += 1
 
     def report(self) -> LengthReport | None:
         """None if there are no rows."""
-        values = np.frombuffer(self._values, dtype=np.int32)
-        if not len(values):
+        if not self._rows:
             return None
-        p50, p90, p99 = _percentiles(values, 50, 90, 99)
-        mean = round(float(values.mean()), 2)
-        return LengthReport(mean=mean, p50=p50, p90=p90, p99=p99, longest=int(values.max()))
+        p50, p90, p99, longest = self._percentiles(50, 90, 99, 100)
+        mean = sum(tokens * rows for tokens, rows in self._rows.items()) / self._rows.total()
+        return LengthReport(mean=round(mean, 2), p50=p50, p90=p90, p99=p99, longest=longest)
 
     def histogram(self) -> LengthHistogram | None:
         """None if there are no rows."""
-        values = np.frombuffer(self._values, dtype=np.int32)
-        if not len(values):
+        if not self._rows:
             return None
-        doublings = np.arange(0, 2 * int(values.max()).bit_length() + 1) / 2
+        lengths, counts = self._sorted()
+        doublings = np.arange(0, 2 * int(lengths[-1]).bit_length() + 1) / 2
         edges = np.unique(np.floor(2**doublings).astype(np.int64))
-        rows, _ = np.histogram(values, edges)
+        rows, _ = np.histogram(lengths, edges, weights=counts)
         used = np.flatnonzero(rows)
         first, last = int(used[0]), int(used[-1])
         return LengthHistogram(edges=edges[first : last + 2].tolist(), rows=rows[first : last + 1].tolist())
 
     def status(self) -> LengthStatus | None:
         """None if there are no rows."""
-        values = np.frombuffer(self._values, dtype=np.int32)
-        if not len(values):
+        if not self._rows:
             return None
-        p50, p95, p99, longest = _percentiles(values, 50, 95, 99, 100)
+        p50, p95, p99, longest = self._percentiles(50, 95, 99, 100)
         return LengthStatus(p50=p50, p95=p95, p99=p99, longest=longest)
 
+    def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The lengths that there are, and how many rows have each."""
+        lengths, rows = zip(*sorted(self._rows.items()), strict=True)
+        return np.array(lengths), np.array(rows)
 
-def _percentiles(values: npt.NDArray[np.int32], *shares: int) -> Iterator[int]:
-    return (int(p) for p in np.percentile(values, shares, method="higher"))
+    def _percentiles(self, *shares: int) -> list[int]:
+        """Each the length of a row (the higher of two)."""
+        lengths, rows = self._sorted()
+        places = np.ceil((rows.sum() - 1) * (np.array(shares) / 100))
+        found: list[int] = lengths[np.searchsorted(np.cumsum(rows), places, side="right")].tolist()
+        return found
 
 
 @dataclass

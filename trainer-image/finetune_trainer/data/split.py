@@ -11,6 +11,7 @@ from finetune_api.constants import Reason
 from finetune_api.plan import PlanDataset
 
 from finetune_trainer.data.examples import Example, LabelledText, example_texts, input_texts
+from finetune_trainer.data.groups import Groups, Numbers, blocks, is_first
 from finetune_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ SEPARATOR = "\x1f"
 """It is white space, so no text holds it once its white space is evened out."""
 
 KEY_BYTES = 8
+
+Mask = npt.NDArray[np.bool_]
 
 
 class Split(StrEnum):
@@ -63,61 +66,59 @@ def _hash(texts: list[str]) -> bytes:
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
-def group_rows(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Rows with equal keys are a group: the number of its first row, for each row."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    begins = np.ones(len(keys), np.bool_)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    groups = np.empty(len(keys), np.int64)
-    groups[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))]
-    return groups
-
-
-def leave_out_held_out(ledger: "Ledger", groups: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def leave_out_held_out(ledger: "Ledger", groups: Groups) -> Mask:
     """Rows of a group of which a source that is read earlier has one: with them a score would be dishonest."""
-    first = np.full(len(groups), len(SPLITS), np.uint8)
-    np.minimum.at(first, groups, ledger.origins)
-    found: npt.NDArray[np.bool_] = ledger.origins > first[groups]
+    found: Mask = ledger.origins > ledger.origins[groups]
     return found
 
 
-def place_rows(ledger: "Ledger", groups: npt.NDArray[np.int64], dataset: PlanDataset) -> npt.NDArray[np.uint8]:
+def place_rows(ledger: "Ledger", groups: Groups, dataset: PlanDataset) -> npt.NDArray[np.uint8]:
     """The split of each row [rows]. A group goes to one split as a whole, by the hash of its first row: it keeps its
     split when rows are added. A label that a split by fraction should have, but has not, is given its nearest group.
     """
     test = (dataset.test.fraction or 0.0) if dataset.test else 0.0
     validation = dataset.validation.fraction or 0.0
     splits = ledger.origins.copy()
-    heads = np.flatnonzero((groups == np.arange(len(groups))) & (ledger.origins == TRAIN))
-    shares = ledger.input_keys[heads] / 2.0**64
-    splits[heads] = np.select([shares < test, shares < test + validation], [TEST, VALIDATION], TRAIN)
-    if ledger.label_names:
-        _spread_labels(splits, heads[np.argsort(shares, kind="stable")], ledger.labels, (test, validation))
     divided = ledger.origins == TRAIN
-    splits[divided] = splits[groups[divided]]
+    heads = is_first(groups) & divided
+    for some in blocks(len(groups)):
+        shares = _shares(ledger.input_keys[some])
+        by_share = np.select([shares < test, shares < test + validation], [TEST, VALIDATION], TRAIN)
+        splits[some][heads[some]] = by_share[heads[some]]
+    if ledger.label_names:
+        _spread_labels(ledger, heads, splits, (test, validation))
+    for some in blocks(len(groups)):
+        splits[some] = np.where(divided[some], splits[groups[some]], splits[some])
     return splits
 
 
+def _shares(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Where in a whole the hashes of rows are: 0 to 1."""
+    shares: npt.NDArray[np.float64] = keys / 2.0**64
+    return shares
+
+
 def _spread_labels(
-    splits: npt.NDArray[np.uint8],
-    heads: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int16],
-    fractions: tuple[float, float],
+    ledger: "Ledger", heads: Mask, splits: npt.NDArray[np.uint8], fractions: tuple[float, float]
 ) -> None:
     """Moves the fewest groups so that training has every label, and a split by fraction each of which it would have one
-    on average. `heads`: first rows of the groups that are divided, by the shares that their hashes are.
+    on average. `heads`: first rows of the groups that are divided, [rows].
     """
-    count = int(labels.max(initial=0)) + 1
-    by_split = [np.bincount(labels[heads[splits[heads] == split]], minlength=count) for split in range(len(SPLITS))]
+    count = len(ledger.label_names)
+    by_split = [np.bincount(ledger.labels[heads & (splits == split)], minlength=count) for split in range(len(SPLITS))]
     total = np.sum(by_split, axis=0)
+
+    def by_share(label: int) -> Numbers:
+        found = np.flatnonzero(heads & (ledger.labels == label))
+        return found[np.argsort(_shares(ledger.input_keys[found]), kind="stable")]
+
     for split, fraction in zip((TEST, VALIDATION), fractions, strict=True):
         lacking = (by_split[split] == 0) & (total * fraction >= 1) & (by_split[TRAIN] > 1)
-        for label in np.flatnonzero(lacking):
-            splits[next(head for head in heads[labels[heads] == label] if splits[head] == TRAIN)] = split
+        for label in np.flatnonzero(lacking).tolist():
+            splits[next(head for head in by_share(label) if splits[head] == TRAIN)] = split
             by_split[TRAIN][label] -= 1
-    for label in np.flatnonzero((by_split[TRAIN] == 0) & (total > 0)):
-        splits[heads[labels[heads] == label][-1]] = TRAIN
+    for label in np.flatnonzero((by_split[TRAIN] == 0) & (total > 0)).tolist():
+        splits[by_share(label)[-1]] = TRAIN
 
 
 def check_splits(rows: Mapping[str, int], dataset: PlanDataset, left_out: str = "") -> None:

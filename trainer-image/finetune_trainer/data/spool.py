@@ -1,5 +1,6 @@
 """Examples on disk between the pass that reads them and the one that tokenizes them, in their order."""
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,18 +10,24 @@ from typing import NamedTuple, Self
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.work import Packed
 
+LINE_BYTES = 8
+
 
 class Chunk(NamedTuple):
-    """Consecutive examples of one file; `start` is the number of the first among all."""
+    """Consecutive examples of one file, with their lines there; `start` is the number of the first among all."""
 
     file: int
     start: int
+    lines: "array[int]"
     examples: list[Example]
 
 
 class _Place(NamedTuple):
+    """Of a chunk: its lines, then its examples."""
+
     file: int
     start: int
+    rows: int
     offset: int
     length: int
     size: int
@@ -38,33 +45,40 @@ class Spool:
     def __len__(self) -> int:
         return self._rows
 
-    def write(self, file: int, rows: int, examples: Packed) -> None:
-        if rows:
+    def write(self, file: int, lines: "array[int]", examples: Packed) -> None:
+        if lines:
             offset = self._file.seek(0, 2)
-            self._file.write(examples.content)
-            self._places.append(_Place(file, self._rows, offset, len(examples.content), examples.size))
-            self._rows += rows
+            self._file.write(lines.tobytes() + examples.content)
+            length = len(examples.content)
+            self._places.append(_Place(file, self._rows, len(lines), offset, length, examples.size))
+            self._rows += len(lines)
 
     def chunks(self) -> Iterator[Chunk]:
         return map(self._read, self._places)
 
-    def pick(self, rows: Sequence[int]) -> Iterator[tuple[int, int, Example]]:
-        """(Number, file, example) of some rows, by their ascending numbers. Others are unpacked only beside them."""
-        at, chunk = -1, Chunk(0, 0, [])
+    def pick(self, rows: Sequence[int]) -> Iterator[Example]:
+        """Some rows, by their ascending numbers. Others are unpacked only beside them."""
+        at, chunk = None, Chunk(0, 0, array("Q"), [])
         for row in rows:
-            place = bisect_right(self._places, row, key=lambda place: place.start) - 1
-            if place != at:
-                at, chunk = place, self._read(self._places[place])
-            yield row, chunk.file, chunk.examples[row - chunk.start]
+            place = self._place_of(row)
+            if place is not at:
+                at, chunk = place, self._read(place)
+            yield chunk.examples[row - chunk.start]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(File, line there) of a row, by its number among all."""
+        place = self._place_of(row)
+        self._file.seek(place.offset + LINE_BYTES * (row - place.start))
+        return place.file, array("Q", self._file.read(LINE_BYTES))[0]
+
+    def _place_of(self, row: int) -> _Place:
+        return self._places[bisect_right(self._places, row, key=lambda place: place.start) - 1]
 
     def _read(self, place: _Place) -> Chunk:
         self._file.seek(place.offset)
+        lines = array("Q", self._file.read(LINE_BYTES * place.rows))
         packed = Packed(self._file.read(place.length), place.size)
-        return Chunk(place.file, place.start, packed.unpack())
-
-    def file_of(self, row: int) -> int:
-        """The file of a row, by its number among all."""
-        return self._places[bisect_right(self._places, row, key=lambda place: place.start) - 1].file
+        return Chunk(place.file, place.start, lines, packed.unpack())
 
     def __enter__(self) -> Self:
         return self

@@ -1,18 +1,20 @@
 """What tokenizing tells of the data: what is cut and learned, how well the tokenizer fits, how rows fill sequences."""
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from finetune_api.report import PackingReport, SplitTokens, TextTokens
 from finetune_api.spec import Task
 
 from finetune_trainer.data.examples import Example, spoken_texts
 from finetune_trainer.data.split import Split
-from finetune_trainer.data.store import Rows, SplitManifest
+from finetune_trainer.data.store import SplitManifest
 
 if TYPE_CHECKING:
     from finetune_trainer.data.tokenize import Encoded, Encoder
@@ -57,6 +59,7 @@ class TokenStatistics:
         self._encoder = encoder
         self._every = max(1, train_rows // SAMPLED_ROWS)
         self._train_rows = 0
+        self._train_documents = array("i")
         self._answers_cut: Counter[Split] = Counter()
         self._unlearned: Counter[Split] = Counter()
         self._texts = _Texts()
@@ -68,6 +71,7 @@ class TokenStatistics:
             if self._train_rows % self._every == 0:
                 self._measure(spoken_texts(example))
             self._train_rows += 1
+            self._train_documents.extend(len(document.input_ids) for document in encoded.row.documents)
 
     def _measure(self, texts: list[str]) -> None:
         tokens, unknown = self._encoder.count_tokens(texts)
@@ -93,6 +97,10 @@ class TokenStatistics:
             )
             for name, split in manifests.items()
         }
+
+    def packing(self, max_length: int, task: Task, paired: bool) -> PackingReport | None:
+        """Of the training rows; None if there are none."""
+        return measure_packing(np.frombuffer(self._train_documents, np.int32), max_length, task, paired)
 
     def texts(self) -> TextTokens | None:
         """How well the tokenizer fits the texts; None if there are none."""
@@ -121,28 +129,35 @@ def truncation_policy(max_length: int, task: Task, paired: bool = False) -> str:
     )
 
 
-def measure_packing(rows: Rows, max_length: int, task: Task, paired: bool) -> PackingReport | None:
+def measure_packing(
+    documents: npt.NDArray[np.int32], max_length: int, task: Task, paired: bool
+) -> PackingReport | None:
     """How full sequences of `max_length` tokens are, by the functions that cut the steps of the training; None without
-    rows. A pair takes two of them.
+    rows. A pair takes two of them. documents: tokens of each, in the order of the rows.
     """
     from finetune_trainer.train.micro_batches import packs, padded_groups  # torch is here by now
 
-    if not len(rows):
+    if not len(documents):
         return None
-    size = max_length * (2 if paired else 1)
-    order = np.random.default_rng(0).permutation(len(rows))[: PACKED_STEPS * STEP_ROWS]
-    real = packed = padded = 0
-    for start in range(0, len(order), STEP_ROWS):
-        step = order[start : start + STEP_ROWS]
-        real += int(rows.lengths[step].sum())
-        packed += size * len(packs(step, rows.lengths, size))
-        groups = padded_groups(step, rows.padded_lengths, size)
-        padded += sum(len(group) * int(rows.padded_lengths[group].max()) for group in groups)
+    per_row = 2 if paired else 1
+    size = max_length * per_row
+    rows = documents.reshape(-1, per_row)
+    sample = rows[
+        np.random.default_rng(0).permutation(np.arange(len(rows), dtype=np.int32))[: PACKED_STEPS * STEP_ROWS]
+    ]
+    lengths, padded_lengths = sample.sum(axis=1, dtype=np.int32), sample.max(axis=1) * np.int32(per_row)
+    packed = padded = 0
+    for start in range(0, len(sample), STEP_ROWS):
+        step = np.arange(start, min(start + STEP_ROWS, len(sample)))
+        packed += size * len(packs(step, lengths, size))
+        groups = padded_groups(step, padded_lengths, size)
+        padded += sum(len(group) * int(padded_lengths[group].max()) for group in groups)
+    real = int(lengths.sum())
     return PackingReport(
-        sampled_rows=len(order),
+        sampled_rows=len(sample),
         packed=_share(real, packed) if task is Task.GENERATION else None,
         padded=_share(real, padded),
-        fixed=_share(real, size * len(order)),
+        fixed=_share(real, size * len(sample)),
     )
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from finetune_api.report import DuplicateReport
 
-from finetune_trainer.data.duplicates.search import Ints, SignatureFiles, find_similar
+from finetune_trainer.data.duplicates.search import SignatureFiles, find_similar
+from finetune_trainer.data.groups import Groups, Numbers, group_rows, is_first
 from finetune_trainer.data.ledger import Ledger
-from finetune_trainer.data.split import group_rows
 
 Mask = npt.NDArray[np.bool_]
 
@@ -27,12 +27,13 @@ class Duplicates:
 
     exact: Mask
     near: Mask
-    groups: Ints
+    groups: Groups
 
     def report(self, similarity: float | None, dropped: int, held_out: int) -> DuplicateReport:
         """dropped: rows left out of the training sources; held_out: training rows that held-out sources have."""
-        sizes = np.bincount(self.groups) if len(self.groups) else np.zeros(1, np.int64)
-        largest = int(sizes.max())
+        _, others = np.unique(self.groups[~is_first(self.groups)], return_counts=True)
+        sizes = others + 1
+        largest = int(sizes.max(initial=min(1, len(self.groups))))
         large = largest > LARGE_SHARE * max(len(self.groups), 1) and largest > 1
         return DuplicateReport(
             similarity=similarity,
@@ -40,23 +41,23 @@ class Duplicates:
             near_rows=int(self.near.sum()) if similarity is not None else None,
             rows_dropped=dropped,
             held_out_rows=held_out,
-            groups=int((sizes > 1).sum()),
+            groups=len(sizes),
             largest_group=largest,
-            group_sizes=_size_table(sizes[sizes > 1]),
+            group_sizes=_size_table(sizes),
             note=LARGE_GROUP.format(share=largest / len(self.groups)) if large else None,
         )
 
 
-def find_duplicates(ledger: Ledger, inputs: Ints, files: SignatureFiles | None) -> Duplicates:
+def find_duplicates(ledger: Ledger, inputs: Groups, files: SignatureFiles | None) -> Duplicates:
     """inputs: groups of rows with the same input, [rows]; files: where similar rows are looked for."""
-    exact: Mask = group_rows(ledger.whole_keys) != np.arange(len(ledger))
+    exact = ~is_first(group_rows(ledger.take_whole_keys()))
     if files is None:
         return Duplicates(exact, np.zeros_like(exact), inputs)
     similar = find_similar(files, ledger.labels, inputs)
     return Duplicates(exact, similar.repeats & ~exact, similar.groups)
 
 
-def _size_table(sizes: Ints) -> dict[str, int]:
+def _size_table(sizes: Numbers) -> dict[str, int]:
     """How many groups have how many rows."""
     bounds = (2, 3, 5, 10, 100, 1000)
     table = {}

@@ -12,6 +12,7 @@ from finetune_api.plan import PlanDataset
 
 from finetune_trainer.data.convert import Unwanted, spelled_number
 from finetune_trainer.data.examples import LabelledText
+from finetune_trainer.data.groups import blocks
 from finetune_trainer.data.read import RawRow, Rejection, read_rows
 from finetune_trainer.data.split import KEY_BYTES, row_hash
 from finetune_trainer.errors import UserError
@@ -34,10 +35,13 @@ class Decided(NamedTuple):
     places: dict[bytes, str]
     undecided: int
 
-    @property
-    def keys(self) -> npt.NDArray[np.uint64]:
-        """The input keys of the texts that were decided, see `split.input_key`."""
-        return np.array([int.from_bytes(row[:KEY_BYTES]) for row in self.decisions], np.uint64)
+    def covers(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which rows somebody has decided on, by their `split.input_key`: [rows]."""
+        decided = np.array([int.from_bytes(row[:KEY_BYTES]) for row in self.decisions], np.uint64)
+        covered = np.zeros(len(keys), np.bool_)
+        for some in blocks(len(keys)):
+            covered[some] = np.isin(keys[some], decided)
+        return covered
 
 
 NOTHING_DECIDED = Decided({}, {}, 0)

@@ -54,15 +54,16 @@ class Queue:
     def _lines(self, places: npt.NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         """(Place in `seen`, line of the file), in the order of the rows."""
         ledger = self.rows.ledger
-        picked = self.rows.spool.pick(self.seen["number"][places].tolist())
-        for place, (number, file, example) in zip(places.tolist(), picked, strict=True):
+        numbers = self.seen["number"][places].tolist()
+        for place, number, example in zip(places.tolist(), numbers, self.rows.spool.pick(numbers), strict=True):
             if not isinstance(example, LabelledText):
                 raise TypeError("only labelled texts are reviewed")
             seen = self.seen[place]
+            file, line = self.rows.spool.locate(number)
             row = ReviewRow(
                 row_hash=row_hash(example.text).hex(),
                 uri=self.rows.files[file][1].uri,
-                line=int(ledger.lines[number]),
+                line=line,
                 text=example.text,
                 label=example.label,
                 suggested=ledger.label_names[seen["suggested"]],

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from finetune_api.plan import PlanReview
 from finetune_api.report import DecisionReport, ReviewReport
 
+from finetune_trainer.data.groups import Groups
 from finetune_trainer.data.label_conflicts import find_conflicts
 from finetune_trainer.data.pipeline import Rows
-from finetune_trainer.data.review.confident import Numbers
 from finetune_trainer.data.review.decisions import Decided, ReviewLog
 from finetune_trainer.data.review.queue import Queue
 from finetune_trainer.data.review.suspicion import Facts, find_suspicious
@@ -17,12 +16,12 @@ from finetune_trainer.data.split import TRAIN
 from finetune_trainer.fetch import SourceFile
 
 
-def find_facts(rows: Rows, groups: Numbers, decided: Decided) -> Facts:
+def find_facts(rows: Rows, groups: Groups, decided: Decided) -> Facts:
     """groups: see `Facts`."""
     ledger = rows.ledger
     return Facts(
         groups=groups,
-        decided=np.isin(ledger.input_keys, decided.keys),
+        decided=decided.covers(ledger.input_keys),
         conflicting=find_conflicts(groups, ledger.labels).rows,
     )
 
@@ -53,7 +52,7 @@ def review(
 def report_decisions(rows: Rows, decided: Decided, log: ReviewLog, hashes: dict[SourceFile, str]) -> DecisionReport:
     """hashes: of the files with decisions."""
     ledger = rows.ledger
-    held_out = ledger.kept & (ledger.splits != TRAIN) & np.isin(ledger.input_keys, decided.keys)
+    held_out = ledger.kept & (ledger.splits != TRAIN) & decided.covers(ledger.input_keys)
     return DecisionReport(
         files={file.uri: digest for file, digest in hashes.items()},
         corrected=log.corrected,

@@ -15,6 +15,7 @@ from finetune_api.report import LabelPair
 from scipy import sparse
 
 from finetune_trainer.data.examples import LabelledText
+from finetune_trainer.data.groups import Groups
 from finetune_trainer.data.ledger import Ledger
 from finetune_trainer.data.review.confident import ConfidentJoint, Mask, Numbers, is_suspicious, judge
 from finetune_trainer.data.review.cross_validation import Classifiers, Features, fold_of
@@ -38,7 +39,7 @@ SEEN = np.dtype(
 class Facts(NamedTuple):
     """Of all rows, each [rows]."""
 
-    groups: Numbers
+    groups: Groups
     """The number of a row that stands for all with the same text (or nearly the same): these are in one fold."""
     decided: Mask
     """Somebody has looked at them; they are not judged, but others are by them."""
@@ -83,14 +84,13 @@ class Judge:
 
     def __init__(self, spool: Spool, ledger: Ledger, facts: Facts, advance: Callable[[float], None]) -> None:
         classes = len(ledger.label_names)
-        self._spool, self._facts = spool, facts
+        self._spool, self._ledger, self._facts = spool, ledger, facts
         self._trained = ledger.kept & (ledger.splits == TRAIN)
-        keys = ledger.input_keys[facts.groups]
-        self._folds, self._labels = fold_of(keys), ledger.labels.astype(np.int64)
         self._features, self._classifiers = Features(classes), Classifiers(classes)
         total = max(1, len(ledger))
-        training = read_training(spool, self._features, self._trained, keys, lambda done: advance(done / total / 2))
-        labels, folds = self._labels[training.numbers], self._folds[training.numbers]
+        chosen = (self._trained, self._keys)
+        training = read_training(spool, self._features, *chosen, lambda done: advance(done / total / 2))
+        labels, folds = self._given(training.numbers)
         self._classifiers.learn(training.features, labels, folds, lambda done: advance((1 + done) / 2))
         self._thresholds = self._classifiers.thresholds(training.features, labels, folds)
 
@@ -100,16 +100,24 @@ class Judge:
         seen = [found.seen]
         for numbers, texts in _texts(self._spool, self._trained & ~self._facts.decided):
             seen.append(self._judge(numbers, texts, found))
-            advance(int(numbers[-1]) / len(self._labels))
+            advance(int(numbers[-1]) / len(self._ledger))
         found.seen = np.concatenate(seen)
         return found
 
+    def _keys(self, numbers: Numbers) -> npt.NDArray[np.uint64]:
+        """Of the groups of some rows."""
+        return self._ledger.input_keys[self._facts.groups[numbers]]
+
+    def _given(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """The given labels and the folds of some rows."""
+        return self._ledger.labels[numbers].astype(np.int64), fold_of(self._keys(numbers))
+
     def _judge(self, numbers: Numbers, texts: list[str], found: Judgement) -> npt.NDArray[Any]:
         """Adds the rows to what was found; returns those to be seen."""
-        given = self._labels[numbers]
-        probabilities = self._classifiers.probabilities(self._features.of(texts), self._folds[numbers])
+        given, folds = self._given(numbers)
+        probabilities = self._classifiers.probabilities(self._features.of(texts), folds)
         judged = judge(probabilities, given, self._thresholds)
-        known = self._classifiers.seen[self._folds[numbers], given] >= LEAST_EXAMPLES
+        known = self._classifiers.seen[folds, given] >= LEAST_EXAMPLES
         wrong = is_suspicious(judged, given) & known
         found.rows += int(known.sum())
         found.right += int((probabilities.argmax(axis=1) == given)[known].sum())
@@ -132,23 +140,31 @@ def find_suspicious(spool: Spool, ledger: Ledger, facts: Facts, advance: Callabl
 
 
 def read_training(
-    spool: Spool, features: Features, trained: Mask, keys: npt.NDArray[np.uint64], advance: Callable[[int], None]
+    spool: Spool,
+    features: Features,
+    trained: Mask,
+    keys_of: Callable[[Numbers], npt.NDArray[np.uint64]],
+    advance: Callable[[int], None],
 ) -> Training:
     """The rows to learn from: all, or those with the lowest hashes of which memory holds enough."""
-    hashes = keys * np.uint64(0x9E3779B97F4A7C15)  # other bits than those that choose split and fold
-    chances = hashes / 2.0**64
+
+    def chances(numbers: Numbers) -> npt.NDArray[np.float64]:
+        hashes = keys_of(numbers) * np.uint64(0x9E3779B97F4A7C15)  # other bits than those that choose split and fold
+        shares: npt.NDArray[np.float64] = hashes / 2.0**64
+        return shares
+
     most = min(1.0, MOST_ROWS / max(1, int(trained.sum())))
     blocks: list[Training] = []
     values = 0
     for numbers, texts in _texts(spool, trained):
-        chosen = np.flatnonzero(chances[numbers] < most)
+        chosen = np.flatnonzero(chances(numbers) < most)
         if len(chosen):
             block = Training(features.of([texts[place] for place in chosen.tolist()]), numbers[chosen])
             blocks.append(block)
             values += block.features.nnz
         while values > MOST_VALUES:
             most /= 2
-            blocks = [_less(block, chances[block.numbers] < most) for block in blocks]
+            blocks = [_less(block, chances(block.numbers) < most) for block in blocks]
             values = sum(block.features.nnz for block in blocks)
         advance(int(numbers[-1]))
     if not blocks:
