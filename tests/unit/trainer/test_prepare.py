@@ -3,92 +3,46 @@
 import csv
 import gzip
 import hashlib
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-from finetune_api.constants import Reason, Stage
+from finetune_api.constants import Reason
 from finetune_api.plan import Plan, PlanDpo
-from finetune_api.progress import Outcome
-from finetune_api.report import DataReport, FileReport, Quarantined
-from finetune_api.spec import MethodType, Task
+from finetune_api.report import FileReport
+from finetune_api.spec import Task
 from finetune_trainer.data.pipeline import CHECK_ROWS
 from finetune_trainer.data.read import json_rows
 from finetune_trainer.data.store import open_split, read_manifest
 from finetune_trainer.errors import Interrupted, StageError, UserError
-from finetune_trainer.fetch_model import MARKER
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
 from transformers import AutoTokenizer
 
-from tests.models import save_tiny_bert, save_tiny_llama
-from tests.plans import make_plan
-
-LABELS = ["negative", "neutral", "positive"]
+from tests.unit.trainer.prepare_runs import (
+    LABELS,
+    hashes,
+    prepare,
+    prepare_plan,
+    quarantine,
+    report,
+    save_models,
+    sentiment,
+    source,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {Task.CLASSIFICATION: save_tiny_bert(root / "bert"), Task.GENERATION: save_tiny_llama(root / "llama")}
-
-
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def sentiment(count: int, start: int = 0) -> list[dict]:
-    return [{"headline": f"profit {n} rises", "sentiment": LABELS[n % 3]} for n in range(start, start + count)]
-
-
-def source(path: Path, field: str = "dataset.sources[0]", **more) -> dict:
-    return {"location": {"uri": f"file://{path.name}", "path": str(path)}, "field": field, **more}
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def plan(tmp_path, models):
-    """A plan for the given training sources; `dataset` changes it."""
-
-    def plan(
-        *sources: Path, task: Task = Task.CLASSIFICATION, model: Path | None = None, training=None, **dataset
-    ) -> Plan:
-        folder = model or models[task]
-        return make_plan(
-            tmp_path / "workspace",
-            Stage.PREPARE,
-            task=task,
-            model={"location": {"uri": f"file://{folder.name}", "path": str(folder)}},
-            training=training or {},
-            dataset={"sources": [source(path, f"dataset.sources[{n}]") for n, path in enumerate(sources)], **dataset},
-        )
+    def plan(*sources: Path, task: Task = Task.CLASSIFICATION, model: Path | None = None, **changes) -> Plan:
+        return prepare_plan(tmp_path / "workspace", model or models[task], *sources, task=task, **changes)
 
     return plan
-
-
-def prepare(plan: Plan):
-    result = run(plan, Telemetry(plan.stage, plan.job))
-    assert result.outcome is Outcome.SUCCEEDED
-    return result.prepare
-
-
-def report(plan: Plan) -> DataReport:
-    return DataReport.model_validate_json((Path(plan.workspace) / "report" / "data.json").read_bytes())
-
-
-def quarantine(plan: Plan) -> list[Quarantined]:
-    lines = (Path(plan.workspace) / "report" / "quarantine.jsonl").read_text().splitlines()
-    return [Quarantined.model_validate_json(line) for line in lines]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def test_a_classification_is_ready_to_train(tmp_path, plan):
@@ -196,13 +150,6 @@ def test_the_three_commonest_reasons_are_named(tmp_path, plan):
     with pytest.raises(UserError) as caught:
         prepare(plan(write_jsonl(tmp_path / "a.jsonl", [*sentiment(60), *bad])))
     assert "By reason: invalid JSON 5, text is missing 3, text is empty 2, 1 other reason." in caught.value.message
-
-
-def test_the_parameters_are_those_of_the_model(tmp_path, plan, models):
-    from transformers import AutoModel
-
-    prepared = prepare(plan(write_jsonl(tmp_path / "a.jsonl", sentiment(100))))
-    assert prepared.model.parameters == AutoModel.from_pretrained(models[Task.CLASSIFICATION]).num_parameters()
 
 
 def test_a_generation_is_ready_to_train(tmp_path, plan):
@@ -322,13 +269,6 @@ def test_long_rows_are_cut_and_counted(tmp_path, plan):
     assert report(this).lengths.longest > 64
 
 
-def test_rows_are_never_longer_than_the_models_context(tmp_path, plan):
-    file = write_jsonl(tmp_path / "a.jsonl", sentiment(50))
-    short = save_tiny_bert(tmp_path / "short", context_length=16)
-    prepared = prepare(plan(file, model=short, training={"max_length": 512}))
-    assert prepared.data.max_length == prepared.model.context_length == 16
-
-
 def test_splits_of_their_own_files_stay_unseen_in_training(tmp_path, plan):
     train, judged, tested = sentiment(100), sentiment(20, start=90), sentiment(15, start=105)
     this = plan(
@@ -395,90 +335,6 @@ def test_all_kinds_of_files_can_be_mixed(tmp_path, plan):
     assert data.rows_kept == 90
 
 
-# --- the model
-
-
-def broken(folder: Path, models, task: Task = Task.CLASSIFICATION, **config) -> Path:
-    shutil.copytree(models[task], folder)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"model_type": "no-such-model"}, "does not know"),
-        ({"model_type": "vit"}, "of type 'vit', which cannot be used for task Classification"),
-        ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"}, "model.trustRemoteCode"),
-    ],
-)
-def test_a_model_of_the_wrong_kind_is_refused(tmp_path, plan, models, config, words):
-    this = plan(write_jsonl(tmp_path / "a.jsonl", sentiment(50)), model=broken(tmp_path / "m", models, **config))
-    with pytest.raises(UserError, match=words) as caught:
-        prepare(this)
-    assert caught.value.reason is Reason.MODEL_INVALID
-
-
-def test_an_encoder_cannot_generate(tmp_path, plan, models):
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t {n}"} for n in range(50)])
-    with pytest.raises(UserError, match=r"\(BertModel\) is an encoder"):
-        prepare(plan(file, task=Task.GENERATION, model=models[Task.CLASSIFICATION]))
-
-
-def test_a_decoder_can_classify(tmp_path, plan, models):
-    file = write_jsonl(tmp_path / "a.jsonl", sentiment(50))
-    assert prepare(plan(file, model=models[Task.GENERATION])).data.rows_kept == 50
-
-
-@pytest.mark.parametrize("damage", ["shard", "weights", "tokenizer"])
-def test_a_damaged_model_is_named(tmp_path, plan, models, damage):
-    folder = broken(tmp_path / "m", models)
-    weights = folder / "model.safetensors"
-    if damage == "shard":
-        weights.rename(folder / "model-00001-of-00002.safetensors")
-        names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-        words = "lacks 1 of its 2 weight files, for example model-00002-of-00002.safetensors"
-    elif damage == "weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-        words = "damaged weight file: model.safetensors"
-    else:
-        (folder / "tokenizer.json").write_text("{")
-        words = "tokenizer"
-    with pytest.raises(UserError, match=words) as caught:
-        prepare(plan(write_jsonl(tmp_path / "a.jsonl", sentiment(50)), model=folder))
-    assert caught.value.reason is Reason.MODEL_INVALID
-    assert caught.value.exit_code == 64
-
-
-def test_pickled_weights_need_to_be_allowed(tmp_path, plan, models):
-    import torch
-    from safetensors.torch import load_file
-
-    folder = broken(tmp_path / "m", models)
-    weights = load_file(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    this = plan(write_jsonl(tmp_path / "a.jsonl", sentiment(50)), model=folder)
-    with pytest.raises(UserError, match=r"model\.allowPickle"):
-        prepare(this)
-    allowed = this.model_copy(update={"model": this.model.model_copy(update={"allow_pickle": True})})
-    assert prepare(allowed).model.parameters == sum(w.numel() for w in weights.values())
-
-
-def test_another_model_takes_the_place_of_the_first(tmp_path, plan, models):
-    file = write_jsonl(tmp_path / "a.jsonl", sentiment(50))
-    this = plan(file)
-    prepare(this)
-    marker = Path(this.workspace) / "model" / MARKER
-    before = marker.stat().st_ino
-    prepare(this)
-    assert marker.stat().st_ino == before
-    assert prepare(plan(file, model=models[Task.GENERATION])).model.architecture == "LlamaForCausalLM"
-    assert prepare(this).model.architecture == "BertModel"
-
-
 # --- ends before the end
 
 
@@ -522,27 +378,6 @@ def test_a_stop_need_not_wait_for_the_end_of_rejected_rows(tmp_path, plan, monke
     with pytest.raises(Interrupted):
         run(this, telemetry)
     assert 150 <= decoded <= 150 + CHECK_ROWS
-
-
-def test_a_padding_token_without_an_embedding_is_told_before_a_gpu_waits(tmp_path, plan, models):
-    folder = tmp_path / "m"
-    shutil.copytree(models[Task.GENERATION], folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "<new>"})
-    tokenizer.save_pretrained(folder)
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t {n}"} for n in range(50)])
-    with pytest.raises(UserError, match="pads with token 320, but it has only 320 embeddings") as caught:
-        prepare(plan(file, task=Task.GENERATION, model=folder))
-    assert caught.value.reason is Reason.MODEL_INVALID
-
-
-def test_layers_that_the_model_does_not_have_are_told_before_a_gpu_waits(tmp_path, plan):
-    full = {"method": MethodType.FULL, "lora": None}
-    file = write_jsonl(tmp_path / "a.jsonl", sentiment(50))
-    with pytest.raises(UserError, match=r"method\.trainable\.lastLayers: 3 layers .* has 2; leave") as caught:
-        prepare(plan(file).model_copy(update={**full, "last_layers": 3}))
-    assert caught.value.reason is Reason.INVALID_SPEC
-    prepare(plan(file).model_copy(update={**full, "last_layers": 2}))
 
 
 def test_refused_data_leaves_what_was_prepared_before(tmp_path, plan):
