@@ -221,7 +221,7 @@ class FineTuneJobStatus(Document):
     pod_name: str | None = Field(None, max_length=253, description="Pod that works on the current stage, or that was the last to; of several nodes the first one's.")
     start_time: Timestamp | None = Field(None, description="When the operator first acted on the job.")
     completion_time: Timestamp | None = Field(None, description="When it succeeded or failed.")
-    progress: ProgressStatus | None = Field(None, description="How far it is; at most 10 s old while training.")
+    progress: ProgressStatus | None = Field(None, description="How far it is. While training it is renewed with each poll, every 5 s if the chart does not say otherwise; of many jobs that train, five have their turn in each poll.")
     metric: str | None = Field(None, max_length=64, description="The number to look at: the loss while training, the first score at the end.")
     metrics: MetricsStatus | None = Field(None, description="Numbers of the running training.")
     model: ModelStatus | None = Field(None, description="Facts about the foundation model.")
