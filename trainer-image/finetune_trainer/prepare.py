@@ -3,8 +3,6 @@
 The data is judged before the model is fetched: a mistake in it should not wait for a large download.
 """
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import Outcome, PrepareResult, Result
@@ -36,6 +33,7 @@ from finetune_trainer.data.convert import usable_formats
 from finetune_trainer.data.decide import decide
 from finetune_trainer.data.duplicates.search import SignatureFiles
 from finetune_trainer.data.examples import LabelledText
+from finetune_trainer.data.fingerprint import Fingerprint
 from finetune_trainer.data.groups import Groups
 from finetune_trainer.data.labels import check_minimum, label_order, resolve_labels
 from finetune_trainer.data.page import render_html
@@ -50,7 +48,6 @@ from finetune_trainer.data.statistics import TokenStatistics, truncation_policy
 from finetune_trainer.data.store import (
     DataManifest,
     SplitWriter,
-    TokenizedRow,
     read_manifest,
     write_manifest,
 )
@@ -301,7 +298,8 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
     plan, findings = this.plan, this.findings
     names = [split for split in Split if split is not Split.TEST or plan.dataset.test]
     labels: dict[str, Counter[str]] = {split: Counter() for split in names}
-    digest = _settings_hash(this)
+    tokenizer = hash_tokenizer(this.workspace.model)
+    fingerprint = Fingerprint(plan, findings.labels, findings.max_length, tokenizer)
     statistics = TokenStatistics(encoder, findings.survey.rows[Split.TRAIN])
     with new_folder(this.workspace.data) as folder:
         with ExitStack() as stack:
@@ -312,7 +310,7 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
             }
             for row, encoded in _encoded_rows(this, rows, encoder):
                 writers[row.split].write(encoded.row)
-                _hash_row(digest, row.split, encoded.row)
+                fingerprint.add(row.split, encoded.row)
                 statistics.add(row.split, row.example, encoded)
                 if row.split is Split.TRAIN:
                     findings.lengths.add(encoded.length)
@@ -327,7 +325,7 @@ def write_data(this: Run, rows: Rows, encoder: "Encoder") -> None:
             task=plan.task,
             labels=findings.labels,
             max_length=findings.max_length,
-            fingerprint=digest.hexdigest(),
+            fingerprint=fingerprint.value,
             splits=splits,
         )
         write_manifest(folder, findings.manifest)
@@ -370,24 +368,3 @@ def _encoded_rows(this: Run, rows: Rows, encoder: "Encoder") -> Iterator[tuple[P
                 yield row, result._replace(row=weighted)
         done += len(batch)
         watch.advance(done, total)
-
-
-def _settings_hash(this: Run) -> "hashlib._Hash":
-    """A hash over what turns rows into tokens: task, changes to texts, labels, longest row, the tokenizer's files."""
-    clean, personal_data = this.plan.dataset.clean, this.plan.dataset.personal_data
-    changes = [clean and clean.to_dict(), personal_data and personal_data.settings.to_dict()]
-    settings = [this.plan.task.value, changes, this.findings.labels, this.findings.max_length]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    digest.update(hash_tokenizer(this.workspace.model).encode())
-    return digest
-
-
-def _hash_row(digest: "hashlib._Hash", split: Split, row: TokenizedRow) -> None:
-    for document in row.documents:
-        ids = np.asarray(document.input_ids, dtype="<i4").tobytes()
-        target = (
-            str(document.label).encode() if document.loss_mask is None else np.packbits(document.loss_mask).tobytes()
-        )
-        digest.update(f"{split} {len(ids)} {len(target)} ".encode() + ids + target)
-    if row.weight != 1:
-        digest.update(f"weight {row.weight}".encode())
