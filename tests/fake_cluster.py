@@ -1,9 +1,10 @@
 """A cluster in memory: stands where Kubernetes stands in the port, and plays kubelet and Job controller on demand."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from finetune_api.constants import Reason, Stage
+from finetune_api.constants import Phase, Reason, Stage
 from finetune_api.progress import Outcome, PrepareResult, Progress, PublishResult, Result, TrainResult
 from finetune_api.status import ArtifactStatus, DataStatus, FineTuneJobStatus, GateResult, ModelStatus, Score
 from finetune_operator.cluster import Event
@@ -69,11 +70,12 @@ def success(stage: Stage, gate: GateResult | None = None) -> Result:
 class FakeCluster:
     """Implements `finetune_operator.cluster.Cluster`; `start`, `finish` and `crash` are the world's moves."""
 
-    def __init__(self, spec: Manifest = SPEC, context: Context = CONTEXT) -> None:
+    def __init__(self, spec: Manifest = SPEC, context: Context = CONTEXT, key: Key = KEY) -> None:
+        self.key = key
         self.context = context
         self.now = 1_800_000_000.0
         self.body: Manifest | None = {
-            "metadata": {"namespace": KEY.namespace, "name": KEY.name, "uid": "uid-1", "generation": 1},
+            "metadata": {"namespace": key.namespace, "name": key.name, "uid": "uid-1", "generation": 1},
             "spec": spec,
         }
         self.jobs: dict[Stage, Manifest] = {}
@@ -149,7 +151,7 @@ class FakeCluster:
 
     async def turn(self, seconds: float = 1.0) -> float | None:
         self.now += seconds
-        return await reconcile(self, KEY, self.context, self.now)
+        return await reconcile(self, self.key, self.context, self.now)
 
     async def settle(self) -> None:
         """Reconciles until nothing changes; a loop that never rests fails the test."""
@@ -233,6 +235,22 @@ class FakeCluster:
         pod["status"] = {**pod["status"], "phase": phase, "containerStatuses": [{"state": {"terminated": end}}]}
         if node == 0:
             self.progress = None
+
+    async def live(self, results: Mapping[Stage, Result] | None = None) -> None:
+        """A whole life: all stages, resumed if it began suspended; or as far as the job comes."""
+        await self.settle()
+        for stage in Stage:
+            if self.body is None or self.status.completion_time:
+                return
+            if self.status.phase is Phase.SUSPENDED:
+                self.edit(suspend=False)
+                await self.settle()
+            if stage not in self.jobs:  # a job that does not fit has failed meanwhile
+                return
+            self.start(stage)
+            await self.settle()
+            self.finish(stage, (results or {}).get(stage))
+            await self.settle()
 
     async def pass_through(self, *stages: Stage) -> None:
         """Brings the job through whole stages."""

@@ -151,6 +151,7 @@ VALID = [
             "gs://bucket/a/b",
             "az://container/a",
             "https://host/m/",
+            "hf://owner/\U00018cd6",
             "pvc://c/m",
         )
     ),

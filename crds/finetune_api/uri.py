@@ -13,9 +13,11 @@ URI_HELP = (
     "pvc://claim/path, configmap://name/key; with `finetune run` also file://path, relative to the manifest"
 )
 URI_FORM = f"expected one of {URI_HELP}"
-# No separators and no control or format characters: URIs are printed at terminals.
-_CHARACTER = r"[^\pZ\pC]"
-_SOME = rf"[^/\pZ\pC]{_CHARACTER}*"
+# No separators and no control or format characters: URIs are printed at terminals. Not \pC, which since Go 1.25 also means
+# every code that the API server's edition of Unicode has no character for.
+_UNSEEN = r"\pZ\p{Cc}\p{Cf}\p{Co}"
+_CHARACTER = f"[^{_UNSEEN}]"
+_SOME = f"[^/{_UNSEEN}]{_CHARACTER}*"
 _OBJECT = NAME[1:-1]
 _URI = (
     f"^((hf|s3|gs|az|https)://{_SOME}|file://{_CHARACTER}+"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from finetune_api.constants import GROUP, PLURAL
 
 from tests.cluster import install, kit
 from tests.cluster.rights import RightsWatch
@@ -59,6 +60,14 @@ def cluster() -> None:
         unavailable("the cluster of KUBECONFIG does not answer")
     if reason := install.claim_cluster():
         unavailable(reason)
+
+
+@pytest.fixture(scope="module")
+def crd(cluster: None) -> None:
+    """The resource of this tree. Other modules' may have come in between."""
+    kit.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(kit.ROOT / "crds" / "finetunejobs.yaml"))
+    for wanted in ("jsonpath={.status.conditions}", "condition=Established"):  # kubectl fails while there is no list
+        kit.kubectl("wait", f"--for={wanted}", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
 
 
 @pytest.fixture(scope="session")

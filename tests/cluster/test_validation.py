@@ -16,8 +16,6 @@ from tests.specs import CLASSIFICATION, VALID, Invalid, Valid, manifest
 from tests.specs_against_rules import INVALID, UNKNOWN_FIELDS
 from tests.statuses import full_status
 
-CRD = kit.ROOT / "crds" / "finetunejobs.yaml"
-
 
 class Judge:
     """Asks the API server; nothing is stored unless a method says so."""
@@ -63,13 +61,6 @@ class Judge:
         answer = json.loads(caught.value.body)
         causes = (answer.get("details") or {}).get("causes") or [{"message": answer["message"]}]
         return [(cause.get("field", ""), cause["message"]) for cause in causes]
-
-
-@pytest.fixture(scope="module")
-def crd(cluster: None) -> None:
-    kit.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    for wanted in ("jsonpath={.status.conditions}", "condition=Established"):  # kubectl fails while there is no list
-        kit.kubectl("wait", f"--for={wanted}", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
 
 
 @pytest.fixture(scope="module")
