@@ -47,9 +47,9 @@ test-cluster: $(READY) ## tests on the test cluster of KUBECONFIG: builds the im
 	@echo "== cluster tests"
 	@$(BIN)/pytest -q -rfE -m "not long" tests/cluster
 
-test-long: $(READY) ## the tests that take minutes: many more random manifests and lives of a job
+test-long: $(READY) ## the tests that take minutes, on the test cluster too: many more random manifests and lives of a job
 	@echo "== long tests"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -v -m long tests/unit
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -v -rfE -m long tests/unit tests/cluster
 
 lint: $(READY) ## style, types, generated files
 	@echo "== lint"
