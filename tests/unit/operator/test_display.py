@@ -15,8 +15,8 @@ from finetune_operator import display
 from finetune_operator.cluster import Event
 from finetune_operator.display import LiveDisplay, PlainDisplay, Terminal, make_display, print_document, print_evidence
 from finetune_operator.validation_table import print_validation
-from tests.crd_fuzz import INJECTIONS
 
+from tests.crd_fuzz import INJECTIONS
 from tests.fake_cluster import ARTIFACT, DATA, TRAINED
 from tests.fake_trainer import REPORT
 
