@@ -80,6 +80,7 @@ class Operator:
         async with server, asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             group.create_task(self._informer.run())
+            await self._election.look()
             await self._informer.synced.wait()
             await self._election.acquire()
             group.create_task(self._poller.run())

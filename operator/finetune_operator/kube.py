@@ -141,7 +141,7 @@ class KubeCluster:
         return await self._inquiries.workload_of(job)
 
     async def refresh(self, key: Key) -> None:
-        """A job that has no status, and no child that we know of, is new: if it has children after all, to create them
+        """A job that has no phase, and no child that we know of, is new: if it has children after all, to create them
         once more will tell."""
         for kind in (FINE_TUNE_JOBS, JOBS, PODS):
             try:
@@ -149,7 +149,8 @@ class KubeCluster:
             except ApiError as error:
                 raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
             self._store.replace(kind, listed, version, key=key)
-            if not any(body.get("status") for body in listed) and not self._store.get(JOBS, key):
+            is_new = not any((body.get("status") or {}).get("phase") for body in listed)
+            if kind is FINE_TUNE_JOBS and is_new and not self._store.get(JOBS, key):
                 return
 
     # --- writing

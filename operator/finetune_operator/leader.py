@@ -8,6 +8,7 @@ a slow API server still carries out of an abandoned request is harmless, as ever
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -63,6 +64,11 @@ class LeaderElection:
         if self._renewed is None or not self.leading:
             raise UnavailableError("this replica is not the leader")
         return min(LONGEST_WRITE, self._renewed + DURATION - self._clock())
+
+    async def look(self) -> None:
+        """Begins to measure how long the Lease stays unchanged, which `acquire` would begin with."""
+        with contextlib.suppress(ApiError):  # acquire tells of it
+            await self._read()
 
     async def acquire(self) -> None:
         """Waits until this replica is the leader, however long that takes."""
@@ -126,22 +132,27 @@ class LeaderElection:
                 if error.status != 409:
                     raise
         try:
-            lease = await self._api.request("GET", self._path(), timeout=REQUEST_TIMEOUT)
+            lease = await self._read()
         except ApiError as error:
             if error.status != 404:
                 raise
             metadata = {"name": self._name, "namespace": self._namespace}
             lease = {"apiVersion": API, "kind": "Lease", "metadata": metadata}
             return await self._write(lease, "POST", api_path(API, "leases", self._namespace))
-        version = lease["metadata"]["resourceVersion"]
-        if version != self._seen[0]:
-            self._seen = (version, self._clock())
         spec = lease.get("spec") or {}
         runs_out = self._seen[1] + (spec.get("leaseDurationSeconds") or DURATION)
         if spec.get("holderIdentity") not in (None, "", self._identity) and self._clock() < runs_out:
             self._renewed = None  # it was moved: not a moment longer do two act
             return False
         return await self._write(lease)
+
+    async def _read(self) -> Manifest:
+        """The Lease, of which it is noted since when it is as it is. Raises ApiError."""
+        lease = await self._api.request("GET", self._path(), timeout=REQUEST_TIMEOUT)
+        version = lease["metadata"]["resourceVersion"]
+        if version != self._seen[0]:
+            self._seen = (version, self._clock())
+        return lease
 
     async def _write(self, lease: Manifest, method: str = "PUT", path: str = "") -> bool:
         """In our name. Raises ApiError: 409 if it is not any more as it was read."""

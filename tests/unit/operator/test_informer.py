@@ -69,17 +69,17 @@ def test_of_two_objects_of_one_name_both_are_kept_until_one_is_deleted():
 
 def test_without_comparable_versions_the_last_word_counts():
     store = Store()
-    store.put(JOBS, body(version="abc", spec=1))
-    assert store.put(JOBS, body(version="abb", spec=2))
-    assert store.get(JOBS, KEY)[0]["spec"] == 2
+    store.put(JOBS, body(version="abc", status=1))
+    assert store.put(JOBS, body(version="abb", status=2))
+    assert store.get(JOBS, KEY)[0]["status"] == 2
 
 
 @given(st.permutations(range(1, 8)))
 def test_in_whatever_order_states_arrive_the_newest_stays(order):
     store = Store()
     for version in order:
-        store.put(JOBS, body(version=str(version), spec=version))
-    assert [each["spec"] for each in store.get(JOBS, KEY)] == [7]
+        store.put(JOBS, body(version=str(version), status=version))
+    assert [each["status"] for each in store.get(JOBS, KEY)] == [7]
 
 
 def test_a_list_removes_what_is_gone_and_keeps_what_is_younger_or_elsewhere():

@@ -373,6 +373,7 @@ async def test_what_the_watches_have_not_told_is_asked_for(world):
 
 
 async def test_of_a_job_that_nothing_was_reported_of_no_children_are_asked_for(world):
+    world.fake.put(RESOURCE, {"spec": {}, "status": {"observedGeneration": -1}})
     before = len(world.fake.requests)
     await world.cluster.refresh(KEY)
     assert [path for _, path, _ in world.fake.requests[before:] if "finetunejobs" not in path] == []

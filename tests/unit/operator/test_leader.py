@@ -71,6 +71,16 @@ async def test_a_silent_leader_is_followed_after_the_duration_that_the_follower_
     assert fake[0].objects[LEASE]["spec"]["leaseTransitions"] == 1
 
 
+async def test_a_follower_that_has_looked_before_need_not_wait_from_anew(fake):
+    clock = Clock()
+    assert await gets_it(replica(fake, "first", clock))
+    second, third = replica(fake, "second", clock), replica(fake, "third", clock)
+    await second.look()
+    clock.now += 15.1
+    assert not await gets_it(third), "this one sees it for the first time"
+    assert await gets_it(second)
+
+
 async def test_other_clocks_do_not_matter(fake):
     """The leader's clock is years ahead, or behind: its time stamps are never compared with ours."""
     clock = Clock()

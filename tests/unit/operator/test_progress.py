@@ -200,8 +200,7 @@ async def test_many_pods_are_asked_side_by_side_but_not_all_at_once(world, monke
     world.trainer.page = slow
     for number in range(150):
         world.pod(f"p{number}", f"127.0.1.{number + 1}", name=f"job{number}")
-    await world.run(1.5)
-    assert len(world.changed) == 150
+    await world.run_until(lambda: len(world.changed) == 150)
     assert 10 < world.trainer.most_at_once <= module.CONCURRENCY
 
 
