@@ -47,6 +47,12 @@ sys.stdin.read()
 os._exit(0)
 """
 
+WAIT_FOR_TELEMETRY = f"""
+import socket, time
+while socket.socket().connect_ex(('127.0.0.1', {TELEMETRY_PORT})):
+    time.sleep(0.05)
+"""
+
 FORBIDDEN = """
 import pathlib
 print(pathlib.Path('/var/run/secrets/kubernetes.io').exists())
@@ -98,8 +104,9 @@ def metadata_service() -> Iterator[Address]:
 
 
 @contextmanager
-def frozen(pod: dict[str, Any]) -> Iterator[str]:
-    """The pod's name, while its program stands still and its ports stay open."""
+def frozen(bench: Workbench, pod: dict[str, Any]) -> Iterator[str]:
+    """The name of a trainer's pod, while its program stands still and its telemetry port stays open."""
+    bench.python(pod["metadata"]["name"], WAIT_FOR_TELEMETRY)
     signal_container(pod, signal.SIGSTOP)
     try:
         yield pod["metadata"]["name"]
@@ -156,7 +163,7 @@ def test_each_stage_reaches_what_it_needs_and_is_reached_by_the_operator_only(
     name = workbench.submit(tiny_classification())
     for stage in Stage:
         pod = workbench.running_pod(name, stage)
-        with frozen(pod) as running, listening(workbench, running, PORT):
+        with frozen(workbench, pod) as running, listening(workbench, running, PORT):
             ports = {"telemetry": (pod["status"]["podIP"], TELEMETRY_PORT), "other": (pod["status"]["podIP"], PORT)}
             expectations = (
                 (workbench, running, targets | ports, reached[stage] | set(ports)),
