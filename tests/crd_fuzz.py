@@ -92,7 +92,7 @@ def _whole(node: Node, name: str) -> SearchStrategy[int]:
 
 
 def _number(node: Node, name: str) -> SearchStrategy[float]:
-    low, high = node["minimum"], node["maximum"]
+    low, high = node.get("minimum", -1e9), node.get("maximum", 1e9)
     open_ends = {"exclude_min": node.get("exclusiveMinimum", False), "exclude_max": node.get("exclusiveMaximum", False)}
     usual = st.floats(low, min(high, low + 1), allow_subnormal=False, **open_ends)
     return usual | st.floats(low, high, allow_subnormal=False, **open_ends)
@@ -101,7 +101,7 @@ def _number(node: Node, name: str) -> SearchStrategy[float]:
 def _list(node: Node, name: str) -> SearchStrategy[list[Any]]:
     least, unique = node.get("minItems", 0), node.get("x-kubernetes-list-type") == "set"
     items = fitting(node["items"], name)
-    return st.lists(items, min_size=least, max_size=min(node["maxItems"], least + 2), unique=unique)
+    return st.lists(items, min_size=least, max_size=min(node.get("maxItems", 100), least + 2), unique=unique)
 
 
 def _object(node: Node, name: str) -> SearchStrategy[Manifest]:

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from finetune_api.base import Document
 from finetune_api.constants import TERMINATION_MESSAGE_BYTES, Reason, Stage
-from finetune_api.status import ArtifactStatus, DataStatus, GateResult, ModelStatus, Score
+from finetune_api.spec import Precision
+from finetune_api.status import ArtifactStatus, DataStatus, GateResult, Message, ModelStatus, Score
 
 
 class Progress(Document):
@@ -27,7 +28,7 @@ class Progress(Document):
     tokens_per_second: float | None = None
     samples_per_second: float | None = None
     peak_memory_bytes: int | None = None
-    precision: str | None = None
+    precision: Precision | None = None
     device: str | None = None
     trainable_parameters: int | None = None
     batching: str | None = Field(None, description="How rows lie in a micro-batch: 'packed', 'padded' and why, or 'encoded once'.")
@@ -48,9 +49,9 @@ class PrepareResult(Document):
 
 class TrainResult(Document):
     steps: int
-    stopped_early: str | None = Field(None, description="Where and why training ended before its last step, for people.")
+    stopped_early: Message | None = Field(None, description="Where and why training ended before its last step, for people.")
     best_step: int
-    precision: str
+    precision: Precision
     device: str
     trainable_parameters: int
     batching: str | None = Field(None, description="How rows lie in a micro-batch: 'packed', 'padded' and why, or 'encoded once'.")
@@ -60,9 +61,9 @@ class TrainResult(Document):
     tokens_per_second: float | None = None
     samples_per_second: float | None = None
     peak_memory_bytes: int | None = None
-    split: str
-    baseline: str
-    scores: list[Score]
+    split: str = Field(max_length=32)
+    baseline: str = Field(max_length=64)
+    scores: list[Score] = Field(max_length=16)
     gate: GateResult | None = None
 
 

@@ -291,6 +291,14 @@ def result_of(pod: Mapping[str, Any]) -> Result | None:
     """What the trainer said at its end; None if it could not say anything, or something that is not ours."""
     end = terminated(pod)
     try:
-        return Result.model_validate_json(end["message"]) if end and end.get("message") else None
+        result = Result.model_validate_json(end["message"]) if end and end.get("message") else None
     except ValidationError:
         return None
+    return result if result is None or _is_storable(result.to_dict()) else None
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether no number is larger than the API server's integers."""
+    if isinstance(value, dict | list):
+        return all(map(_is_storable, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) < 2**63

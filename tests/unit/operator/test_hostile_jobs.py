@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jsonschema
 import pytest
-from finetune_api.constants import MASTER_PORT, Reason, Stage
+from finetune_api.constants import MASTER_PORT, Phase, Reason, Stage
 from finetune_api.plan import Plan
 from finetune_api.progress import PrepareResult
 from finetune_api.rules import InvalidManifestError, parse_job
@@ -104,6 +105,9 @@ async def test_whatever_a_trainer_says_the_status_fits_the_schema(word: str) -> 
     check_status(cluster)
     assert cluster.status.data == data
 
+
+@pytest.mark.parametrize("word", INJECTIONS)
+async def test_whatever_a_failure_is_called_the_status_fits_the_schema(word: str) -> None:
     broken = FakeCluster()
     await broken.settle()
     broken.start(Stage.PREPARE)
@@ -115,3 +119,37 @@ async def test_whatever_a_trainer_says_the_status_fits_the_schema(word: str) -> 
     await broken.settle()
     check_status(broken)
     assert word.strip()[:9] in (broken.status.message or "")
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "value"),
+    [
+        (Stage.PREPARE, "data", {"tokens": 10**30}),
+        (Stage.PREPARE, "data", {"labels": ["x"] * 33}),
+        (Stage.PREPARE, "model", {"parameters": -(2**63) - 1}),
+        (Stage.TRAIN, "precision", "$(id)"),
+        (Stage.TRAIN, "split", "x" * 33),
+        (Stage.TRAIN, "baseline", "x" * 65),
+        (Stage.TRAIN, "scores", [{"metric": "loss", "value": "1"}] * 17),
+        (Stage.TRAIN, "scores", [{"metric": "loss", "value": "$(id)"}]),
+        (Stage.TRAIN, "stoppedEarly", "x" * 3000),
+        (Stage.TRAIN, "peakMemoryBytes", 2**63),
+        (Stage.PUBLISH, "artifact", {"uri": "x" * 1025}),
+    ],
+)
+async def test_a_result_that_no_trainer_of_ours_writes_breaks_nothing(stage: Stage, field: str, value: Any) -> None:
+    """Code of a model, where the spec trusts it, could write one. At worst the stage runs again."""
+    cluster = FakeCluster()
+    await cluster.pass_through(*(before for before in Stage if list(Stage).index(before) < list(Stage).index(stage)))
+    cluster.start(stage)
+    await cluster.settle()
+    cluster.finish(stage)
+    end = cluster.pods[stage][0]["status"]["containerStatuses"][0]["state"]["terminated"]
+    said = json.loads(end["message"])
+    old = said[stage.value].get(field)
+    said[stage.value][field] = old | value if isinstance(value, dict) else value
+    end["message"] = json.dumps(said)
+    await cluster.settle()
+    await cluster.turn(60)
+    check_status(cluster)
+    assert cluster.status.phase is not Phase.FAILED

@@ -16,6 +16,7 @@ import pytest
 from finetune_api.constants import Stage
 from finetune_api.plan import JobReference
 from finetune_api.progress import Progress
+from finetune_api.spec import Precision
 from finetune_trainer.telemetry import Telemetry, server
 from finetune_trainer.telemetry.logs import adopt_library_logs
 from finetune_trainer.telemetry.telemetry import METRICS, port_from_environment
@@ -134,7 +135,7 @@ class TestMetrics:
         numbers = {
             name
             for name, field in Progress.model_fields.items()
-            if field.annotation not in (Stage, str, str | None) and name != "resumed_from_step"
+            if field.annotation not in (Stage, str, str | None, Precision | None) and name != "resumed_from_step"
         }
         assert {field for field, _ in METRICS.values()} == numbers
 
