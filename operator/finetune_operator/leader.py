@@ -87,7 +87,7 @@ class LeaderElection:
         if self._renewed is None:
             raise LeadershipLostError("another replica holds the Lease")
         self._renewed = None
-        words = self._trouble or "somebody else writes to it"
+        words = self._trouble or "this process, or the API server, was too slow"
         raise LeadershipLostError(f"the Lease was not renewed within {RENEW_DEADLINE:.0f} s: {words}")
 
     async def release(self) -> None:

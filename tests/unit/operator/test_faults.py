@@ -29,6 +29,9 @@ FOREIGN_JOB = f"/apis/batch/v1{NAMESPACE}/jobs/clash-train"
 CHILDREN = ("jobs", "pods", "configmaps", "networkpolicies", "persistentvolumeclaims")
 NAMES = ("one", "two", "three", "clash")
 
+FAULTS_PER_JOB = 12
+"""After so many another job arrives."""
+
 QUIET_SECONDS = 120
 LONGEST_RECOVERY = 3600
 
@@ -36,6 +39,7 @@ LONGEST_RECOVERY = 3600
 class Campaign:
     def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.injected: Counter[str] = Counter()
+        self.names: list[str] = []
         self._seed = seed
         self._monkeypatch = monkeypatch
         self._random = random.Random(seed)
@@ -65,6 +69,8 @@ class Campaign:
                 replica.stop()
 
     def _submit(self, name: str) -> None:
+        if name not in self.names:
+            self.names.append(name)
         spec = {**copy.deepcopy(SPEC), "limits": {"retries": 10}}
         self.cluster.put(f"{RESOURCES}/{name}", {"metadata": {"name": name}, "spec": spec})
 
@@ -74,6 +80,8 @@ class Campaign:
         faults = [getattr(self, name) for name in dir(self) if name.startswith("fault_")]
         while self.injected.total() < count:
             await asyncio.sleep(self._random.expovariate(1 / 4))
+            if self.injected.total() // FAULTS_PER_JOB > len(self.names) - len(NAMES):
+                self._submit(f"late-{len(self.names)}")
             fault = self._random.choice(faults)
             if fault() is not False:
                 self.injected[fault.__name__.removeprefix("fault_")] += 1
@@ -131,7 +139,7 @@ class Campaign:
         return [(path, body) for path, body in objects if path != FOREIGN_JOB and path.split("/")[-2] in kinds]
 
     def _edit_all(self, **spec: Any) -> None:
-        for name in NAMES:
+        for name in self.names:
             self._edit(name, spec)
 
     def _edit(self, name: str, spec: Manifest) -> None:
@@ -219,7 +227,7 @@ class Campaign:
         return None
 
     def fault_status_edited(self) -> bool | None:
-        name = self._random.choice(NAMES)
+        name = self._random.choice(self.names)
         path = f"{RESOURCES}/{name}"
         body = self.cluster.objects[path]
         status = body.get("status") or {}
@@ -240,14 +248,14 @@ class Campaign:
         return None
 
     def fault_suspended_for_a_while(self) -> None:
-        name = self._random.choice(NAMES)
+        name = self._random.choice(self.names)
         self._edit(name, {"suspend": True})
         self._later(self._random.uniform(0.1, 40), lambda: self._edit(name, {"suspend": False}))
 
     def fault_deleted_and_made_anew(self) -> bool | None:
         if self._random.random() < 0.7:
             return False
-        name = self._random.choice(NAMES)
+        name = self._random.choice(self.names)
         self.cluster.remove(f"{RESOURCES}/{name}")
         self._submit(name)
         return None
