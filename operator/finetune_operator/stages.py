@@ -275,9 +275,9 @@ class Walk:
 
     def _patience(self, job: Manifest) -> float | None:
         """Seconds until it is worth to look again at a Job that does not run."""
-        if not is_suspended(job):
-            return LOOK_AGAIN_SECONDS
-        return QUEUE_SECONDS if kueue.is_queued(job) and self.context.settings.kueue else None
+        if is_suspended(job) and not (kueue.is_queued(job) and self.context.settings.kueue):
+            return None
+        return QUEUE_SECONDS if kueue.why_waiting(self.observed.workload) else LOOK_AGAIN_SECONDS
 
     def _take_leave(self, stage: Stage) -> float | None:
         """Its pods have been told to end, and save what they have: what they still say is heard.

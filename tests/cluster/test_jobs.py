@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from datetime import datetime
-from typing import Any
 
 import pytest
 from finetune_api.constants import JOB_LABEL
@@ -14,7 +13,6 @@ from tests.cluster.workbench import (
     EXAMPLE,
     MINILM,
     Workbench,
-    long_classification,
     tiny_classification,
     tiny_generation,
 )
@@ -214,32 +212,3 @@ def test_a_shared_claim_holds_a_folder_of_the_job(workbench: Workbench) -> None:
     assert "artifacts" in listing and "checkpoints" in listing
     workbench.delete(name)
     assert kit.get("pvc", "models", workbench.namespace) is not None
-
-
-def test_suspend_saves_stops_and_goes_on(workbench: Workbench) -> None:
-    name = workbench.submit(long_classification(steps=1000))
-    workbench.running_pod(name, "train")
-
-    def step(job: dict[str, Any]) -> int:
-        return int((job["status"].get("progress") or {}).get("step") or 0)
-
-    kit.wait_for(workbench.namespace, name, lambda job: step(job) > 100, 90, "training under way")
-    workbench.set(name, suspend=True)
-    job = workbench.wait(name, "Suspended", 60)
-    kit.wait_until(lambda: not running_train_pods(workbench, name), 60, "no pod while suspended")
-    before = step(workbench_job(workbench, name))
-    assert kit.condition(job, "Suspended")["status"] == "True"
-    workbench.set(name, suspend=False)
-    job = workbench.wait(name, "Succeeded")
-    assert kit.condition(job, "Suspended")["status"] == "False"
-    assert step(job) == 1000
-    assert before > 0
-    workbench.delete(name)
-
-
-def running_train_pods(workbench: Workbench, name: str) -> list[dict[str, Any]]:
-    return [p for p in kit.pods(workbench.namespace, name, "train") if p["status"].get("phase") == "Running"]
-
-
-def workbench_job(workbench: Workbench, name: str) -> dict[str, Any]:
-    return kit.get_job(workbench.namespace, name)
