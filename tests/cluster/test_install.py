@@ -90,6 +90,7 @@ def test_uninstall_keeps_the_resource_and_its_objects(operator: str, namespace: 
         )
         assert json.loads(left)["items"] == []
         assert (crd_uid(), kit.get_job(namespace, "kept")["metadata"]["uid"]) == uids
+        kit.wait_until(lambda: not kit.items("pods", operator, kit.OPERATOR_SELECTOR), 60, "no operator")
         kit.kubectl("-n", operator, "delete", "lease", install.RELEASE)  # no part of the release: the operator made it
     finally:
         install.install_operator()
