@@ -95,17 +95,22 @@ class Jobs:
         self.changes += event["type"] == "MODIFIED"
 
     async def _watch(self, version: str, plural: str, query: dict[str, str], saw: Callable[[Any], None]) -> None:
+        """Goes on where it was when the API server closes it, as it does with watchers that it finds slow."""
         path = api_path(version, plural, NAME)
-        _, begin = await self._api.list_all(path, query)
-        query = {**query, "watch": "1", "resourceVersion": begin, "timeoutSeconds": "3600"}
+        _, seen = await self._api.list_all(path, query)
         timeout = aiohttp.ClientTimeout(total=None)
-        async with (
-            self._api.open_session() as session,
-            session.get(self._api.url + path, params=query, headers=METADATA_ONLY, timeout=timeout) as answer,
-        ):
-            async for line in answer.content:
-                saw(json.loads(line))
-        raise RuntimeError(f"the watch of {plural} has ended")
+        async with self._api.open_session() as session:
+            while True:
+                parameters = {**query, "watch": "1", "resourceVersion": seen}
+                url = self._api.url + path
+                async with session.get(url, params=parameters, headers=METADATA_ONLY, timeout=timeout) as answer:
+                    with suppress(aiohttp.ClientPayloadError):  # it was cut off
+                        async for line in answer.content:
+                            event = json.loads(line)
+                            if event["type"] == "ERROR":
+                                raise RuntimeError(f"the watch of {plural} has lost its place: {event['object']}")
+                            seen = event["object"]["metadata"]["resourceVersion"]
+                            saw(event)
 
 
 @asynccontextmanager
@@ -119,10 +124,9 @@ async def namespace(volumes: int) -> AsyncIterator[Jobs]:
         await api.request("POST", storage, {"metadata": {"name": NAME}, **storage_class})
         await _each(volumes, lambda number: api.request("POST", f"{core}/persistentvolumes", _volume(number)))
         jobs = Jobs(api)
-        watch = asyncio.create_task(jobs.watch())
-        try:
+        async with asyncio.TaskGroup() as group:  # a watch that fails ends the scenario
+            watch = group.create_task(jobs.watch())
             yield jobs
-        finally:
             watch.cancel()
     finally:
         await _empty(api)
