@@ -166,9 +166,9 @@ def fake_nodes(count: int, stages: str) -> Iterator[None]:
             subprocess.run([tool, "fake-nodes", str(count), str(configuration)], check=True, stderr=subprocess.DEVNULL)
             yield
         finally:
-            _kubectl("delete", "nodes", "-l", "type=kwok", "--wait=false")
             for process in _processes_with(str(configuration)):
                 os.kill(process, signal.SIGTERM)
+            _kubectl("delete", "nodes", "-l", "type=kwok", "--wait=false")
 
 
 def _kubectl(*arguments: str) -> bytes:
