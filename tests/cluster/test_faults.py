@@ -86,8 +86,14 @@ def restart_api_server() -> None:
         with suppress(OSError):
             if Path(command_line.read_text().split("\0")[0]).name == "kube-apiserver":
                 os.kill(int(command_line.parent.name), signal.SIGKILL)
-    kit.run(tool, "up")
-    kit.wait_until(lambda: kit.kubectl("get", "--raw=/readyz") == "ok", 60, "the API server")
+
+    def is_back() -> bool:
+        with suppress(kit.CommandError):
+            kit.run(tool, "up")
+            return kit.kubectl("get", "--raw=/readyz") == "ok"
+        return False
+
+    kit.wait_until(is_back, 90, "the API server")
 
 
 def step_of(job: dict[str, Any]) -> int:
@@ -257,7 +263,12 @@ def test_one_fault_after_the_other_does_a_training_no_harm(workbench: Workbench)
     kit.kubectl(*in_namespace, "delete", "configmap", train)
     kit.wait_until(lambda: job_uids(workbench, name).get(train, uid) != uid, 150, "another Job")
     pod = workbench.running_pod(name, "train")
-    trains_on(after=20)
-    assert "Going on from the checkpoint of step" in kit.logs(workbench.namespace, pod["metadata"]["name"])
+    goes_on = "Going on from the checkpoint of step"
+    kit.wait_until(
+        lambda: goes_on in kit.logs(workbench.namespace, pod["metadata"]["name"]),
+        60,
+        "a resumed training",
+        lambda: kit.describe(workbench.namespace, name),
+    )
     workbench.delete(name)
     wait_for_operators()
