@@ -39,6 +39,12 @@ def note_interruption(draft: Draft, stage: Stage, observed: Observed, attempt: i
     draft.set(attempt=attempt)
 
 
+def note_lost_job(draft: Draft, stage: Stage) -> None:
+    """The Job of a stage that was at work is gone, or goes."""
+    if draft.get("pod_name") is not None and draft.interruption is None:
+        draft.disrupt(stage, Trouble(Reason.DISRUPTED, "its Job was deleted"))
+
+
 def _disruption(job: Manifest, pods: Sequence[Manifest], worker: str, workload: Manifest | None) -> Trouble | None:
     """Why the pod that works, or one of its peers, has to end."""
     if is_suspended(job) and not is_suspended_by_us(job):
