@@ -4,30 +4,12 @@ import base64
 import logging
 
 import pytest
-from finetune_api.constants import Reason, Stage
-from finetune_api.plan import JobReference, PlanSource
+from finetune_api.constants import Reason
+from finetune_api.plan import PlanSource
 from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.fetch import fetch_source
-from finetune_trainer.telemetry import Telemetry
-from finetune_trainer.telemetry.watch import Watch
 
-from tests.unit.trainer.servers import hub, s3_bucket, web_server, write_secret
-
-
-@pytest.fixture
-def telemetry():
-    return Telemetry(Stage.PREPARE, JobReference(namespace="n", name="j", uid="u"))
-
-
-@pytest.fixture
-def watch(telemetry):
-    return Watch(telemetry, "Fetching data", 0, 1)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    with s3_bucket(tmp_path_factory.mktemp("secret") / "s3") as bucket:
-        yield bucket
+from tests.unit.trainer.servers import hub, web_server, write_secret
 
 
 def source(uri: str, **location: str) -> PlanSource:

@@ -1,32 +1,15 @@
 """Models from this machine and from real servers (`servers`): which files are taken, and once."""
 
 import pytest
-from finetune_api.constants import Reason, Stage
-from finetune_api.plan import JobReference, Location, PlanModel
+from finetune_api.constants import Reason
+from finetune_api.plan import Location, PlanModel
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.fetch_model import fetch_model, select_files
-from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.telemetry.watch import Watch
 from finetune_trainer.workspace import Workspace
 
 from tests.models import save_tiny_bert
-from tests.unit.trainer.servers import COMMIT, hub, hub_files, s3_bucket, web_server, write_secret
-
-
-@pytest.fixture
-def telemetry():
-    return Telemetry(Stage.PREPARE, JobReference(namespace="n", name="j", uid="u"))
-
-
-@pytest.fixture
-def watch(telemetry):
-    return Watch(telemetry, "Fetching data", 0, 1)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    with s3_bucket(tmp_path_factory.mktemp("secret") / "s3") as bucket:
-        yield bucket
+from tests.unit.trainer.servers import COMMIT, hub, hub_files, web_server, write_secret
 
 
 @pytest.fixture(scope="module")

@@ -22,27 +22,12 @@ from tests.unit.trainer.prepare_runs import (
     LABELS,
     hashes,
     prepare,
-    prepare_plan,
     quarantine,
     report,
-    save_models,
     sentiment,
     source,
     write_jsonl,
 )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def plan(tmp_path, models):
-    def plan(*sources: Path, task: Task = Task.CLASSIFICATION, model: Path | None = None, **changes) -> Plan:
-        return prepare_plan(tmp_path / "workspace", model or models[task], *sources, task=task, **changes)
-
-    return plan
 
 
 def test_a_classification_is_ready_to_train(tmp_path, plan):

@@ -6,27 +6,13 @@ from pathlib import Path
 
 import pytest
 from finetune_api.constants import Reason
-from finetune_api.plan import Plan
 from finetune_api.spec import MethodType, Task
 from finetune_trainer.errors import UserError
 from finetune_trainer.fetch_model import MARKER
 from transformers import AutoTokenizer
 
 from tests.models import save_tiny_bert
-from tests.unit.trainer.prepare_runs import prepare, prepare_plan, save_models, sentiment, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def plan(tmp_path, models):
-    def plan(*sources: Path, task: Task = Task.CLASSIFICATION, model: Path | None = None, **changes) -> Plan:
-        return prepare_plan(tmp_path / "workspace", model or models[task], *sources, task=task, **changes)
-
-    return plan
+from tests.unit.trainer.prepare_runs import prepare, sentiment, write_jsonl
 
 
 def test_the_parameters_are_those_of_the_model(tmp_path, plan, models):
