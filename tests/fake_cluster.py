@@ -132,7 +132,7 @@ class FakeCluster:
         self.status_writes += 1
         self.body["status"] = status.to_dict()
 
-    async def emit(self, resource: Resource, event: Event) -> None:
+    def emit(self, resource: Resource, event: Event) -> None:
         self.events.setdefault((event.reason, event.key), event)
 
     # the world

@@ -20,6 +20,7 @@ from kubernetes.aio.config import ConfigException
 from finetune_operator import controller
 from finetune_operator.api import ApiError, ApiServer, load_configuration
 from finetune_operator.decision import Context
+from finetune_operator.event_recorder import EventRecorder
 from finetune_operator.handlers import Watcher
 from finetune_operator.informer import Informer
 from finetune_operator.kube import KubeCluster
@@ -57,12 +58,13 @@ class Operator:
         identity = _identity(settings)
         self._election = LeaderElection(api, settings.operator_namespace, settings.lease_name, identity, clock)
         self._poller = ProgressPoller(self._store, self._queue.add, settings.poll_seconds, clock=clock)
+        self._recorder = EventRecorder(api, self._election.seconds_to_write, identity)
         self._cluster = KubeCluster(
             api,
             self._store,
             self._election.seconds_to_write,
             self._poller.progress_of,
-            identity,
+            self._recorder.record,
             reads_workloads=settings.kueue,
         )
         self._context = Context(settings, PodLayout())
@@ -84,6 +86,7 @@ class Operator:
             await self._informer.synced.wait()
             await self._election.acquire()
             group.create_task(self._poller.run())
+            group.create_task(self._recorder.run())
             await self._lead()
 
     async def _watch(self) -> None:
@@ -107,6 +110,8 @@ class Operator:
             await self._election.hold()
         finally:
             await workers.stop(STOP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._recorder.flush(), STOP_SECONDS)
             await self._election.release()
 
     async def _reconcile(self, key: Key) -> float | None:

@@ -67,5 +67,5 @@ class Cluster(Protocol):
         """Replaces the status of exactly this resource (by uid), if it still is as it was read; else nothing is
         written, and the job comes up again."""
 
-    async def emit(self, resource: Resource, event: Event) -> None:
+    def emit(self, resource: Resource, event: Event) -> None:
         """Records an Event once, however often it is asked to. Never raises: events are a courtesy."""

@@ -25,7 +25,7 @@ async def reconcile(cluster: Cluster, key: Key, context: Context, now: float) ->
             return None
         resource, observed = found
         decision = decide(resource, observed, now, context)
-        if is_fresh or not _is_grave(decision, resource):
+        if is_fresh or _is_new(resource, observed) or not _is_grave(decision, resource):
             break
         await cluster.refresh(key)
     if decision.delete:
@@ -46,9 +46,17 @@ def _is_grave(decision: Decision, resource: Resource) -> bool:
     return bool(decision.create or decision.restart or decision.delete) or gives_up
 
 
+def _is_new(resource: Resource, observed: Observed) -> bool:
+    """Nothing was ever done about it, as far as is known: if that is old news, all there is to create is there already.
+
+    To look it up once more would cost a quarter of the time until its first child, and many come at once.
+    """
+    return resource.status.phase is None and not observed.jobs
+
+
 async def _tell(cluster: Cluster, resource: Resource, decision: Decision) -> None:
     for event in decision.events:
-        await cluster.emit(resource, event)
+        cluster.emit(resource, event)
     if decision.status != resource.status:
         await cluster.write_status(resource, decision.status)
 

@@ -182,7 +182,7 @@ class Draft:
         What is known from a time that no word of that pod can be from was not said by it: then its word counts.
         """
         known: ProgressStatus | None = self.get("progress")
-        if known is None or self._old.pod_name != self.get("pod_name"):
+        if known is None or self.get("pod_name") not in (None, self._old.pod_name):  # None: it is told to end
             return False
         earlier = (parse_time(known.last_updated_time) or 0.0) - int(progress.updated_at)
         steps = (progress.step or 0, known.step or 0) if progress.step is not None else (0, 0)

@@ -4,7 +4,6 @@ Every write names the uid or the resourceVersion of the object that it is meant 
 was made since is never touched.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,6 @@ from finetune_operator.observed import (
     Manifest,
     Observed,
     Resource,
-    format_time,
     has_ended,
     index_of,
     is_owned_by,
@@ -61,12 +59,11 @@ REPLACEABLE = ("ConfigMap", "NetworkPolicy", "Service")
 QUIET_START_SECONDS = 5.0
 """What has waited for longer is asked for its events."""
 
-MAX_EVENT_MESSAGE = 1024
-
 
 class KubeCluster:
     """`seconds_to_write` is asked before each write: how long it may take; it raises if there may be none.
-    `progress_of` gives the newest word of the pod with that uid. `reads_workloads`: whether Kueue's may be read."""
+    `progress_of` gives the newest word of the pod with that uid; `record` has an Event written.
+    `reads_workloads`: whether Kueue's may be read."""
 
     def __init__(
         self,
@@ -74,7 +71,7 @@ class KubeCluster:
         store: Store,
         seconds_to_write: Callable[[], float],
         progress_of: Callable[[str], Progress | None],
-        identity: str = FIELD_MANAGER,
+        record: Callable[[Resource, Event], None],
         *,
         reads_workloads: bool = False,
     ) -> None:
@@ -82,7 +79,7 @@ class KubeCluster:
         self._store = store
         self._seconds_to_write = seconds_to_write
         self._progress_of = progress_of
-        self._identity = identity
+        self._record = record
         self._reads_workloads = reads_workloads
         self._inquiries = Inquiries(api)
 
@@ -141,17 +138,12 @@ class KubeCluster:
         return await self._inquiries.workload_of(job)
 
     async def refresh(self, key: Key) -> None:
-        """A job that has no phase, and no child that we know of, is new: if it has children after all, to create them
-        once more will tell."""
         for kind in (FINE_TUNE_JOBS, JOBS, PODS):
             try:
                 listed, version = await self._api.list_all(kind.path(key.namespace), kind.query_for(key))
             except ApiError as error:
                 raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
             self._store.replace(kind, listed, version, key=key)
-            is_new = not any((body.get("status") or {}).get("phase") for body in listed)
-            if kind is FINE_TUNE_JOBS and is_new and not self._store.get(JOBS, key):
-                return
 
     # --- writing
 
@@ -273,44 +265,8 @@ class KubeCluster:
         else:
             self._store.update(FINE_TUNE_JOBS, answer)
 
-    async def emit(self, resource: Resource, event: Event) -> None:
-        try:
-            path = api_path("v1", "events", resource.key.namespace)
-            await self._write("POST", path, self._event(resource, event))
-        except ClusterError:  # not the leader any more
-            logger.debug("Event %s was not recorded", event.reason)
-        except ApiError as error:
-            if error.reason != "AlreadyExists" and "NamespaceTerminating" not in error.causes:
-                logger.warning("Event %s was not recorded: %s", event.reason, error)
-
-    def _event(self, resource: Resource, event: Event) -> Manifest:
-        """A core/v1 Event. Its name follows from what it says, so that it exists once."""
-        identity = "\n".join((resource.uid, event.type, event.reason, event.key))
-        now = format_time(time.time())
-        return {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {
-                "name": f"{resource.key.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
-                "namespace": resource.key.namespace,
-            },
-            "involvedObject": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "namespace": resource.key.namespace,
-                "name": resource.key.name,
-                "uid": resource.uid,
-            },
-            "type": event.type,
-            "reason": event.reason,
-            "message": event.message[:MAX_EVENT_MESSAGE],
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-            "source": {"component": FIELD_MANAGER},
-            "reportingComponent": FIELD_MANAGER,
-            "reportingInstance": self._identity,
-        }
+    def emit(self, resource: Resource, event: Event) -> None:
+        self._record(resource, event)
 
     def _child(self, resource: Resource, stage: Stage) -> Manifest | None:
         jobs = self._store.get(JOBS, resource.key)

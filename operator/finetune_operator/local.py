@@ -201,7 +201,7 @@ class LocalCluster:
         self.document["status"] = status.to_dict()
         self._run.write("job.json", self.document)
 
-    async def emit(self, resource: Resource, event: Event) -> None:
+    def emit(self, resource: Resource, event: Event) -> None:
         if event not in self._emitted:
             self._emitted.add(event)
             self._on_event(event)

@@ -6,7 +6,8 @@ import pytest
 from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, Phase, Stage
 from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.cluster import Event, NameClashError, RejectedError, UnavailableError
+from finetune_operator.cluster import NameClashError, RejectedError, UnavailableError
+from finetune_operator.event_recorder import EventRecorder
 from finetune_operator.kube import KubeCluster
 from finetune_operator.observed import Key, format_time, is_suspended_by_us, suspension
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
@@ -30,7 +31,8 @@ class World:
         self.store = Store()
         self.seconds: float | Exception = 10.0
         self.progress: dict[str, Progress] = {}
-        self.cluster = KubeCluster(api, self.store, self._seconds_to_write, self.progress.get, "replica-1")
+        self.recorder = EventRecorder(api, self._seconds_to_write)
+        self.cluster = KubeCluster(api, self.store, self._seconds_to_write, self.progress.get, self.recorder.record)
         self.put(FINE_TUNE_JOBS, RESOURCE, {"spec": {"suspend": False}})
 
     def _seconds_to_write(self) -> float:
@@ -186,9 +188,8 @@ async def test_a_refusal_keeps_the_servers_words(world, refusal, error):
 
 async def test_a_namespace_that_is_being_deleted_is_no_trouble(world, caplog):
     refusal = status(403, "Forbidden", "it is being terminated", "NamespaceTerminating")
-    world.fake.refusals = [refusal, refusal]
+    world.fake.refusals = [refusal]
     await world.cluster.create(await world.resource(), world.child())
-    await world.cluster.emit(await world.resource(), Event("Normal", "Pending", "starting"))
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
 
 
@@ -211,7 +212,6 @@ async def test_who_does_not_lead_writes_nothing(world):
     ):
         with pytest.raises(UnavailableError, match="not the leader"):
             await write
-    await world.cluster.emit(resource, Event("Normal", "Pending", "starting"))
     assert not world.fake.writes()
 
 
@@ -372,13 +372,6 @@ async def test_what_the_watches_have_not_told_is_asked_for(world):
         await world.cluster.refresh(KEY)
 
 
-async def test_of_a_job_that_nothing_was_reported_of_no_children_are_asked_for(world):
-    world.fake.put(RESOURCE, {"spec": {}, "status": {"observedGeneration": -1}})
-    before = len(world.fake.requests)
-    await world.cluster.refresh(KEY)
-    assert [path for _, path, _ in world.fake.requests[before:] if "finetunejobs" not in path] == []
-
-
 async def test_of_pods_made_in_the_same_second_the_one_that_runs_is_the_newest(world):
     job = world.job()
 
@@ -391,30 +384,6 @@ async def test_of_pods_made_in_the_same_second_the_one_that_runs_is_the_newest(w
     world.pod(job, "d-evicted", phase="Failed")
     names = [pod["metadata"]["name"] for pod in (await world.observed()).pods[Stage.TRAIN]]
     assert names == ["d-evicted", "c-failed-first", "b-failed-second", "a-runs"]
-
-
-# --- events
-
-
-async def test_an_event_is_recorded_once_about_this_resource(world):
-    resource = await world.resource()
-    for message in ("waits", "waits", "still waits"):
-        await world.cluster.emit(resource, Event("Warning", "Unschedulable", message))
-    await world.cluster.emit(resource, Event("Warning", "Unschedulable", "again", key="attempt 2"))
-    events = [body for path, body in world.fake.objects.items() if "/events/" in path]
-    assert [event["message"] for event in events] == ["waits", "again"]
-    about = events[0]["involvedObject"]
-    assert (about["kind"], about["name"], about["uid"]) == ("FineTuneJob", "demo", world.uid)
-    assert events[0]["source"] == {"component": "finetune-operator"}
-
-
-async def test_events_are_a_courtesy(world, caplog):
-    world.fake.refusals = [status(403, "Forbidden", "events is forbidden"), 500]
-    await world.cluster.emit(await world.resource(), Event("Normal", "Pending", "x" * 5000))
-    await world.cluster.emit(await world.resource(), Event("Normal", "Pending", "x" * 5000))
-    assert "events is forbidden" in caplog.text
-    await world.cluster.emit(await world.resource(), Event("Normal", "Pending", "x" * 5000))
-    assert len(world.fake.requests[-1][2]["message"]) == 1024
 
 
 # --- observe
@@ -493,7 +462,7 @@ async def test_the_workload_of_a_train_job_is_read_while_its_queue_holds_it(worl
     labels = {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}
     world.fake.put(path, {"metadata": {"labels": labels}, "status": {"conditions": ["waits"]}})
     world.cluster = KubeCluster(
-        world.api, world.store, lambda: 1.0, world.progress.get, "replica-1", reads_workloads=True
+        world.api, world.store, lambda: 1.0, world.progress.get, world.recorder.record, reads_workloads=True
     )
 
     async def workload(suspend, labels):
@@ -507,7 +476,7 @@ async def test_the_workload_of_a_train_job_is_read_while_its_queue_holds_it(worl
     assert (await workload(suspend=True, labels=queued))["status"] == {"conditions": ["waits"]}
     asked = [path for _, path, _ in world.fake.requests if "workloads" in path]
     assert len(asked) == 1
-    world.cluster = KubeCluster(world.api, world.store, lambda: 1.0, world.progress.get, "replica-1")
+    world.cluster = KubeCluster(world.api, world.store, lambda: 1.0, world.progress.get, world.recorder.record)
     assert await workload(suspend=True, labels=queued) is None, "not without the right"
 
 

@@ -217,7 +217,7 @@ async def test_an_event_is_passed_on_once(world):
     async with world.cluster() as cluster:
         resource, _ = await cluster.observe(cluster.key)
         for _ in range(3):
-            await cluster.emit(resource, Event("Normal", "Training", "train runs", "1"))
+            cluster.emit(resource, Event("Normal", "Training", "train runs", "1"))
         assert len(world.events) == 1
 
 

@@ -229,6 +229,22 @@ async def test_a_pod_that_saves_is_running_though_the_job_is_suspended(cluster: 
     assert cluster.condition("Running") == ("False", "SuspendedByUser")
 
 
+async def test_what_a_pod_said_before_it_was_suspended_is_not_taken_for_its_newest_word(cluster: FakeCluster) -> None:
+    """Another replica, which led for a moment, had asked it later."""
+    await cluster.pass_through(Stage.PREPARE)
+    await train_to(cluster, 50)
+    older = cluster.progress
+    cluster.say(TRAIN, fraction=0.52, step=52, total_steps=100)
+    await cluster.settle()
+    cluster.progress = older
+    pod = copy.deepcopy(cluster.pods[TRAIN][0])
+    cluster.edit(suspend=True)
+    for _ in range(3):
+        await cluster.turn()
+        cluster.pods[TRAIN] = [pod]
+        assert (cluster.status.phase, cluster.status.progress.step) == (Phase.SUSPENDED, 52)
+
+
 @pytest.mark.parametrize("moment", ["running", "saving", "ended", "result awaited", "deleted", "refused"])
 async def test_after_a_resume_nothing_says_suspended(cluster: FakeCluster, moment: str) -> None:
     await cluster.pass_through(Stage.PREPARE)
