@@ -4,10 +4,12 @@
     .venv/bin/python benchmarks/prepare.py --memory MEGABYTES      ours alone: what it holds for so large an input
 
 Each run is a process of its own, bound to so many CPUs, in turn with the others. The clock begins when everything is
-imported and ends when the kept documents are written as JSON lines.
+imported and ends when the kept documents are written as JSON lines. With `--memory` it is the whole stage, as a pod
+runs it, with a small model that is made for it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 
 from bench import BUILD, HERE, ROOT, cpu_name, install, say
 from documents import write
+from prepare_ours import make_plan
 
 FOLDER = BUILD / "benchmark-prepare"
 JUICER_VENV = BUILD / "juicer-venv"
@@ -92,33 +95,44 @@ def main() -> None:
 
 
 def run(side: str, command: list[Any], cpus: int, arguments: list[Any] | None = None) -> Figures:
-    """One run in a fresh folder, on so many CPUs and without network."""
-    folder = FOLDER / f"{side}-{cpus}"
+    """One run in a fresh folder, which is the first argument, on so many CPUs."""
+    folder = fresh(f"{side}-{cpus}")
+    memory = watch(side, [*command, folder, *(arguments or [])], cpus, folder / "log")
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    seconds, cpu = figures.pop("seconds"), figures.pop("cpu_seconds")
+    return Figures(seconds, cpu, memory, {**figures, **outcome(folder / "kept.jsonl")})
+
+
+def fresh(name: str) -> Path:
+    """An empty folder."""
+    folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    return folder
+
+
+def watch(side: str, command: list[Any], cpus: int, log: Path, environment: dict[str, str] | None = None) -> int:
+    """Runs it on so many CPUs and without network; returns the most bytes at a time of all its processes."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "UV_OFFLINE": "1",
         "DATA_JUICER_CACHE_HOME": str(JUICER_VENV / "home"),
+        **(environment or {}),
     }
     chosen = sorted(os.sched_getaffinity(0))[:cpus]
-    words = [str(part) for part in ("taskset", "--cpu-list", ",".join(map(str, chosen)), *command, folder)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*words, *map(str, arguments or [])], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-        )
+    words = [str(part) for part in ("taskset", "--cpu-list", ",".join(map(str, chosen)), *command)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         memory = 0
         while process.poll() is None:
             memory = max(memory, held(process.pid))
             time.sleep(SAMPLE_SECONDS)
     if process.returncode:
-        tail = (folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise SystemExit(f"{side} failed with exit code {process.returncode} ({folder}/log):\n{tail}")
-    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    seconds, cpu = figures.pop("seconds"), figures.pop("cpu_seconds")
-    return Figures(seconds, cpu, memory, {**figures, **outcome(folder / "kept.jsonl")})
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise SystemExit(f"{side} failed with exit code {process.returncode} ({log}):\n{tail}")
+    return memory
 
 
 def held(process: int) -> int:
@@ -196,14 +210,33 @@ def same_job(documents: int, ours: dict[str, Any], theirs: dict[str, Any]) -> It
 
 
 def report_memory(documents: Path) -> None:
-    size = documents.stat().st_size
-    figures = run(OURS, [sys.executable, HERE / "prepare_ours.py", documents], len(os.sched_getaffinity(0)))
-    rows = sum(1 for _ in documents.open("rb"))
+    """Of the whole stage, as a pod runs it."""
+    folder, plan = fresh("whole"), FOLDER / "plan.json"
+    plan.write_text(make_plan(documents, folder, make_model(FOLDER / "model", documents)).to_json(), encoding="utf-8")
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "finetune_trainer", "prepare", "--plan", plan]
+    ending = {"FINETUNE_TERMINATION_LOG": str(FOLDER / "ending.json")}
+    memory = watch(OURS, command, len(os.sched_getaffinity(0)), FOLDER / "log", ending)
+    seconds, size = time.perf_counter() - began, documents.stat().st_size
+    report = json.loads((folder / "workspace" / "report" / "data.json").read_text(encoding="utf-8"))
+    rows, kept = (report["summary"][name] for name in ("rowsRead", "rowsKept"))
     print(
-        f"{size / 1e9:.2f} GB, {rows} rows: {figures.memory / MIB:.0f} MiB in all processes, {figures.seconds:.0f} s, "
-        f"{rows / figures.seconds:.0f} rows/s, {size / figures.seconds / 1e6:.1f} MB/s; {len(figures.details['kept'])} "
+        f"{size / 1e9:.2f} GB, {rows} rows: {memory / MIB:.0f} MiB in all processes, {seconds:.0f} s, "
+        f"{rows / seconds:.0f} rows/s, {size / seconds / 1e6:.1f} MB/s; {kept} "
         f"kept; {cpu_name()}, commit {commit()}"
     )
+
+
+def make_model(folder: Path, documents: Path) -> Path:
+    """A small Llama, with a tokenizer of their language."""
+    from workload import save_model, save_tokenizer  # torch takes seconds
+
+    folder.mkdir()
+    with documents.open(encoding="utf-8") as lines:
+        texts = (json.loads(line)["text"] for line in itertools.islice(lines, 20_000))
+        tokenizer = save_tokenizer(folder, texts, 16_000, 1024)
+    save_model(folder, {"hidden": 128, "heads": 4, "layers": 4, "max_length": 512, "seed": 7}, len(tokenizer))
+    return folder
 
 
 def install_juicer() -> Path:

@@ -42,15 +42,15 @@ DATASET: dict[str, Any] = {
 }
 
 
-def make_plan(source: Path, folder: Path) -> Plan:
-    """As `finetune run` makes it."""
+def make_plan(source: Path, folder: Path, model: Path | None = None) -> Plan:
+    """As `finetune run` makes it; up to the model none is needed."""
     from finetune_operator.local import LocalLayout  # here: worker processes import this file, too
     from finetune_operator.observed import Resource
     from finetune_operator.plans import build_plan
 
     spec = {
         "task": "Generation",
-        "model": {"uri": "hf://none/needed"},
+        "model": {"uri": f"file://{model}" if model else "hf://none/needed"},
         "dataset": {"sources": [{"uri": f"file://{source.name}", "format": "Text"}], **DATASET},
     }
     resource = Resource.read({"metadata": {"namespace": "benchmark", "name": "ours", "uid": "0001"}, "spec": spec})

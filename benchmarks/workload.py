@@ -6,6 +6,7 @@ workload.py FOLDER SIZES.json   ->   FOLDER/model/  train.jsonl  held-out.jsonl
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ class Text:
 
 def main(folder: Path, sizes: dict[str, float]) -> None:
     text = Text(int(sizes["seed"]))
-    tokenizer = save_tokenizer(folder / "model", text, int(sizes["vocabulary"]), int(sizes["max_length"]))
+    sentences = (text.draw(100) for _ in range(TOKENIZER_WORDS // 100))
+    tokenizer = save_tokenizer(folder / "model", sentences, int(sizes["vocabulary"]), int(sizes["max_length"]))
     save_model(folder / "model", sizes, len(tokenizer))
     sample = text.draw(5_000)
     tokens_per_word = len(tokenizer(sample)["input_ids"]) / 5_000
@@ -65,7 +67,7 @@ def make_row(text: Text, words: float) -> dict[str, str]:
     return {"prompt": text.draw(max(1, round(words) - completion)), "completion": " " + text.draw(completion)}
 
 
-def save_tokenizer(folder: Path, text: Text, vocabulary: int, longest: int) -> PreTrainedTokenizerFast:
+def save_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int, longest: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, without a chat template: a row is prompt, completion, end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,7 +78,7 @@ def save_tokenizer(folder: Path, text: Text, vocabulary: int, longest: int) -> P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text.draw(100) for _ in range(TOKENIZER_WORDS // 100)), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=longest, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
