@@ -107,6 +107,18 @@ def wait_until(look: Callable[[], T], timeout: float, what: str, explain: Callab
     return answer
 
 
+def wait_for_events(namespace: str, about: str, reasons: set[str], kind: str | None = None) -> list[str]:
+    """The reasons of all events about it (of that type), once these are among them: events come behind the status."""
+
+    def look() -> list[str] | None:
+        found = [event["reason"] for event in events(namespace, about) if kind in (None, event["type"])]
+        return found if reasons <= set(found) else None
+
+    found = wait_until(look, 20, f"the events {sorted(reasons)}", lambda: describe(namespace, about))
+    assert found is not None
+    return found
+
+
 def wait_for(
     namespace: str, name: str, predicate: Callable[[dict[str, Any]], Any], timeout: float, what: str
 ) -> dict[str, Any]:

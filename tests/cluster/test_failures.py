@@ -76,8 +76,7 @@ def test_a_pod_that_cannot_be_scheduled_tells_the_schedulers_words(workbench: Wo
     job = kit.wait_for(workbench.namespace, name, unschedulable, 60, "Running=False, Unschedulable")
     assert "node" in job["status"]["message"] and "available" in job["status"]["message"]
     assert job["status"]["phase"] == "Pending"
-    reasons = {event["reason"] for event in kit.events(workbench.namespace, name) if event["type"] == "Warning"}
-    assert "Unschedulable" in reasons
+    kit.wait_for_events(workbench.namespace, name, {"Unschedulable"}, "Warning")
     workbench.delete(name)
 
 

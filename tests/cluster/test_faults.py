@@ -137,8 +137,7 @@ def test_a_training_that_hangs_is_told_and_goes_on(workbench: Workbench) -> None
     assert pod["metadata"]["name"] in job["status"]["message"]
     signal_container(pod, signal.SIGCONT)
     kit.wait_for(workbench.namespace, name, lambda job: not stalled(job), 60, "no stall any more")
-    reasons = [event["reason"] for event in kit.events(workbench.namespace, name)]
-    assert reasons.count("TrainingStalled") == 1
+    assert kit.wait_for_events(workbench.namespace, name, {"TrainingStalled"}).count("TrainingStalled") == 1
     workbench.delete(name)
     wait_for_operators()
 

@@ -133,8 +133,7 @@ def test_a_real_model_is_tuned_watched_proved_published_and_deleted(workbench: W
     assert float(scores["macroF1"]["value"]) > float(scores["macroF1"]["baseline"]) + 0.2
     assert status["data"]["labels"] == ["negative", "neutral", "positive"]
     assert status["resolved"]["device"] and status["resolved"]["precision"]
-    reasons = [event["reason"] for event in kit.events(workbench.namespace, name)]
-    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons)
+    reasons = kit.wait_for_events(workbench.namespace, name, {"Preparing", "Training", "Publishing", "Succeeded"})
     assert len(reasons) == len(set(reasons)), "an Event is recorded once"
 
     with workbench.helper("reader", {f"{name}-workspace": "/workspace", "models": "/models"}) as reader:
