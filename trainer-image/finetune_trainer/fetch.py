@@ -1,5 +1,6 @@
 """Locations -> files on this machine. What is mounted is read in place, everything else is downloaded."""
 
+import dataclasses
 import hashlib
 import posixpath
 import re
@@ -26,6 +27,13 @@ FOREIGN_NAMES = ("dataset_info.json", "dataset_dict.json", "state.json")
 WILDCARDS = re.compile(r"[*?\[]")
 
 
+@dataclass
+class Position:
+    """How many bytes of a file its reader has read."""
+
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A data file on this machine and how people know it."""
@@ -34,6 +42,7 @@ class SourceFile:
     """Where its source stands in the spec: dataset.sources[0]."""
     uri: str
     path: Path
+    position: Position = dataclasses.field(default_factory=Position, compare=False, repr=False)
 
     @property
     def name(self) -> str:

@@ -71,6 +71,24 @@ def judge(data: Path, folder: Path, processes: int) -> Outcome:
         return Outcome(list(rows.placed()), [survey.read, survey.rows, survey.labels, reports], path.read_text(), error)
 
 
+def test_the_progress_of_reading_is_that_of_the_bytes_also_within_one_file(tmp_path):
+    class Told(Watch):
+        def advance(self, done: float, total: float) -> None:
+            shares.append(done / total)
+
+    shares: list[float] = []
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} " + "x" * 4000}) + "\n" for n in range(2000)))
+    source = {"location": {"uri": "pvc://c/a.jsonl", "path": str(data)}, "field": "dataset.sources[0]"}
+    dataset = PlanDataset.model_validate({"sources": [source], "validation": {"fraction": 0.1}})
+    watch = Told(Telemetry(Stage.PREPARE, JobReference(namespace="n", name="j", uid="u")), "Reading", 0, 1)
+    with Spool(tmp_path / "spool") as spool, Quarantine(tmp_path / "quarantine.jsonl") as quarantine:
+        rows = Rows(open_sources(dataset, [DataFormat.TEXT], tmp_path, watch), spool)
+        shares.clear()
+        read_all(rows, dataset, quarantine, Survey(), watch, processes=1)
+    assert shares == sorted(shares) and shares[0] < 0.4 < shares[len(shares) // 2] < 0.8 < shares[-1] <= 1
+
+
 def test_the_outcome_is_the_same_whatever_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "BATCH_ROWS", 130)
     data = write_rows(tmp_path)

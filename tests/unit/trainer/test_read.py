@@ -1,9 +1,13 @@
 """Files as people have them: every row with its line, every bad row with its reason."""
 
+import base64
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,3 +209,28 @@ def test_no_bytes_at_all_break_the_readers(tmp_path_factory, content):
                 json.dumps(row.values if isinstance(row, RawRow) else row.detail)
         except UserError:
             pass
+
+
+def encoded_rows(kind: str) -> bytes:
+    """Five MB of rows that hardly can be compressed."""
+    rows = [{"text": base64.b85encode(random.Random(n).randbytes(2000)).decode()} for n in range(2000)]
+    table, out = pa.table({"text": [row["text"] for row in rows]}), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, out, row_group_size=200)
+    elif kind == "arrow":
+        with pa.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=200)
+    else:
+        compress = {"jsonl": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+        out.write(compress("\n".join(map(json.dumps, rows)).encode()))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "bz2", "xz", "parquet", "arrow"])
+def test_how_much_of_a_file_is_read_is_known_while_it_is_read(write, kind):
+    file = write("a" if kind in ("gz", "bz2", "xz") else f"a.{kind}", encoded_rows(kind))
+    size = file.path.stat().st_size
+    for _ in range(2):  # read again, it begins again
+        at = [file.position.bytes / size for _ in read_rows(file)]
+        assert at == sorted(at)
+        assert at[0] <= 0.5 and abs(at[len(at) // 2 - 1] - 0.5) < 0.3 and at[-1] > 0.9

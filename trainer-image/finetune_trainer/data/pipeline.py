@@ -170,7 +170,7 @@ def read_all(
     try:
         for batch in work_batches(batches, dataset, processes, decisions):
             opened, file = rows.files[batch.file]
-            watch.advance(sum(sizes[: batch.file]), sum(sizes))
+            watch.advance(sum(sizes[: batch.file]) + min(file.position.bytes, sizes[batch.file]), sum(sizes))
             survey.read[file] += batch.rows_read
             survey.log.merge(batch.log)
             for rejected in batch.rejected:

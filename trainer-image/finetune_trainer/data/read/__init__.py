@@ -26,10 +26,12 @@ __all__ = [
 
 def read_rows(file: SourceFile, columns: Collection[str] | None = None) -> Iterator[RawRow | Rejection]:
     """All rows in their order; empty lines are none. `columns`: those that are wanted, where others can be spared.
+    `file.position` tells meanwhile how much of it is read.
 
     Raises UserError (DataInvalid) for a file that cannot be read.
     """
     facts = recognise_file(file)
+    file.position.bytes = 0
     match facts.kind:
         case FileKind.JSONL:
             yield from read_jsonl(file, facts)

@@ -89,7 +89,11 @@ def _parquet_batches(file: SourceFile, _kind: FileKind, columns: Collection[str]
         _check_rows(file, facts.num_rows)
         size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
         wanted = _wanted(file, parquet.schema_arrow.names, columns)
-        yield from parquet.iter_batches(_rows_at_once(size, facts.num_rows), columns=wanted)
+        rows, file_size = 0, file.path.stat().st_size
+        for batch in parquet.iter_batches(_rows_at_once(size, facts.num_rows), columns=wanted):
+            rows += batch.num_rows
+            file.position.bytes = file_size * rows // facts.num_rows
+            yield batch
 
 
 def _arrow_batches(file: SourceFile, kind: FileKind, columns: Collection[str] | None) -> Iterator[Any]:
@@ -105,6 +109,7 @@ def _arrow_batches(file: SourceFile, kind: FileKind, columns: Collection[str] | 
         for whole in batches:
             rows += whole.num_rows
             _check_rows(file, rows)
+            file.position.bytes += whole.nbytes
             batch = whole.select(wanted)
             _check_buffers(batch)
             step = _rows_at_once(batch.nbytes, batch.num_rows)

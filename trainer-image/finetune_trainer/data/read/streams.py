@@ -138,8 +138,23 @@ class _XzStream:
             found = chunk.lstrip(b"\0")
         return found
 
+    def tell(self) -> int:
+        """Of the compressed bytes."""
+        return self._file.tell()
+
     def close(self) -> None:
         self._file.close()
+
+
+class _Plain(io.FileIO):
+    def __init__(self, file: SourceFile) -> None:
+        super().__init__(file.path)
+        self._position = file.position
+
+    def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
+        count = super().readinto(buffer)
+        self._position.bytes += count
+        return count
 
 
 class _Decompressed(io.RawIOBase):
@@ -147,10 +162,9 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, file: SourceFile, compression: Compression) -> None:
         self._file = file
+        self._source = _XzStream(file.path) if compression is Compression.XZ else pa.OSFile(str(file.path))
         self._stream = (
-            _XzStream(file.path)
-            if compression is Compression.XZ
-            else pa.CompressedInputStream(pa.OSFile(str(file.path)), compression.value)
+            self._source if compression is Compression.XZ else pa.CompressedInputStream(self._source, compression.value)
         )
         self._most = min(MAX_DECOMPRESSED_BYTES, max(UNCHECKED_BYTES, MAX_RATIO * file.path.stat().st_size))
         self._read = 0
@@ -162,6 +176,7 @@ class _Decompressed(io.RawIOBase):
         chunk = self._stream.read(len(buffer))
         buffer[: len(chunk)] = chunk
         self._read += len(chunk)
+        self._file.position.bytes = self._source.tell()
         if self._read > self._most:
             raise invalid_file(
                 self._file,
@@ -179,7 +194,7 @@ class _Decompressed(io.RawIOBase):
 def open_bytes(file: SourceFile, compression: Compression | None) -> Iterator["io.BufferedReader[Any]"]:
     """Its bytes, decompressed. Raises UserError (DataInvalid) where the archive is damaged, cut off or a bomb."""
     with reading_errors(file, compression):
-        raw: io.RawIOBase = _Decompressed(file, compression) if compression else io.FileIO(file.path)
+        raw: io.RawIOBase = _Decompressed(file, compression) if compression else _Plain(file)
         with io.BufferedReader(raw, BUFFER_BYTES) as opened:
             yield opened
 
