@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from finetune_api.constants import Stage
 from finetune_api.plan import Plan
@@ -12,7 +13,9 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def prepare_environment(plan: Plan, temporary: Path) -> None:
-    """No calls home, no hub where none is needed, caches in `temporary` (the root filesystem is read-only)."""
+    """No calls home, no hub where none is needed, caches in `temporary` (the root filesystem is read-only), nothing of
+    quantization where none is asked for.
+    """
     settings = {
         "HF_HOME": str(temporary / "huggingface"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -32,6 +35,9 @@ def prepare_environment(plan: Plan, temporary: Path) -> None:
         threads = max(1, (threads or os.cpu_count() or 1) // processes)
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if plan.lora is None or plan.lora.quantization is None:
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("bitsandbytes", None)  # to peft it is not there; it would import it, which takes 45 MB
 
 
 def _needs_hub(plan: Plan) -> bool:

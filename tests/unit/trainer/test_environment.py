@@ -1,6 +1,8 @@
 """What libraries are told before they are imported: threads by the container's limit, no calls to a hub."""
 
+import importlib.util
 import os
+import sys
 from unittest import mock
 
 import pytest
@@ -11,7 +13,9 @@ from tests.plans import make_plan
 
 
 @pytest.fixture(autouse=True)
-def _own_environment():
+def _own_environment(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    del sys.modules["bitsandbytes"]
     with mock.patch.dict(os.environ):
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS"):
             os.environ.pop(name, None)
@@ -64,6 +68,14 @@ def test_only_stages_that_need_the_hub_may_call_it(tmp_path, stage, output, offl
 def test_caches_lie_in_the_temporary_folder(tmp_path):
     prepare_environment(make_plan(tmp_path), tmp_path / "temporary")
     assert os.environ["HF_HOME"].startswith(str(tmp_path / "temporary"))
+
+
+@pytest.mark.parametrize(("quantization", "is_there"), [(None, False), ("NF4", True)])
+def test_what_quantizes_is_there_for_those_who_quantize(tmp_path, quantization, is_there):
+    """peft would import it for everybody."""
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "quantization": quantization}
+    prepare_environment(make_plan(tmp_path, Stage.TRAIN, lora=lora), tmp_path)
+    assert (importlib.util.find_spec("bitsandbytes") is not None) is is_there
 
 
 def test_threads_that_the_user_set_stay(tmp_path, monkeypatch):

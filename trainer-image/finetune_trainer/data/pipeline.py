@@ -37,7 +37,7 @@ BATCH_ROWS = 1_000
 BATCH_CHARACTERS = 1 << 20
 """About the most characters in a batch, unless a single row has more: each process holds some batches."""
 
-ENCODED_CHARACTERS = 1 << 20
+ENCODED_CHARACTERS = 1 << 19
 """Most characters in a batch for the tokenizer, likewise: its tokens take up to 100 times as many bytes."""
 
 

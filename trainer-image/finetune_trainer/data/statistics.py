@@ -1,7 +1,7 @@
 """What tokenizing tells of the data: what is cut and learned, how well the tokenizer fits, how rows fill sequences."""
 
+import random
 import re
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ SAMPLED_ROWS = 1_000
 """Training rows whose texts are measured by themselves, spread evenly over all."""
 
 STEP_ROWS = 32
-PACKED_STEPS = 512
-"""Steps of so many random rows that packing is tried on."""
+PACKED_ROWS = 512 * STEP_ROWS
+"""Random rows that packing is tried on, in steps of so many."""
 
 UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -59,7 +59,8 @@ class TokenStatistics:
         self._encoder = encoder
         self._every = max(1, train_rows // SAMPLED_ROWS)
         self._train_rows = 0
-        self._train_documents = array("i")
+        self._random = random.Random(0)
+        self._sample: list[tuple[int, ...]] = []  # tokens of the documents of some training rows, each as likely
         self._answers_cut: Counter[Split] = Counter()
         self._unlearned: Counter[Split] = Counter()
         self._texts = _Texts()
@@ -71,7 +72,14 @@ class TokenStatistics:
             if self._train_rows % self._every == 0:
                 self._measure(spoken_texts(example))
             self._train_rows += 1
-            self._train_documents.extend(len(document.input_ids) for document in encoded.row.documents)
+            self._draw(tuple(len(document.input_ids) for document in encoded.row.documents))
+
+    def _draw(self, row: tuple[int, ...]) -> None:
+        """Algorithm R (Vitter 1985): a sample of rows whose number is not known before."""
+        if len(self._sample) < PACKED_ROWS:
+            self._sample.append(row)
+        elif (place := self._random.randrange(self._train_rows)) < PACKED_ROWS:
+            self._sample[place] = row
 
     def _measure(self, texts: list[str]) -> None:
         tokens, unknown = self._encoder.count_tokens(texts)
@@ -100,7 +108,7 @@ class TokenStatistics:
 
     def packing(self, max_length: int, task: Task, paired: bool) -> PackingReport | None:
         """Of the training rows; None if there are none."""
-        return measure_packing(np.frombuffer(self._train_documents, np.int32), max_length, task, paired)
+        return measure_packing(np.array(self._sample, np.int32).ravel(), max_length, task, paired)
 
     def texts(self) -> TextTokens | None:
         """How well the tokenizer fits the texts; None if there are none."""
@@ -142,9 +150,7 @@ def measure_packing(
     per_row = 2 if paired else 1
     size = max_length * per_row
     rows = documents.reshape(-1, per_row)
-    sample = rows[
-        np.random.default_rng(0).permutation(np.arange(len(rows), dtype=np.int32))[: PACKED_STEPS * STEP_ROWS]
-    ]
+    sample = np.random.default_rng(0).permutation(rows)[:PACKED_ROWS]
     lengths, padded_lengths = sample.sum(axis=1, dtype=np.int32), sample.max(axis=1) * np.int32(per_row)
     packed = padded = 0
     for start in range(0, len(sample), STEP_ROWS):
