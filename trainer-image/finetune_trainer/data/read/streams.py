@@ -147,12 +147,14 @@ class _XzStream:
 
 
 class _Plain(io.FileIO):
+    """Notes how much of it is read."""
+
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file.path)
         self._position = file.position
 
-    def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
-        count = super().readinto(buffer)
+    def readinto(self, buffer: Any, /) -> int:
+        count: int = super().readinto(buffer)
         self._position.bytes += count
         return count
 
