@@ -20,6 +20,7 @@ from finetune_operator.observed import (
     Resource,
     format_time,
     index_of,
+    manifest_hash_of,
     merge_patch,
     newest_of_each_node,
     stage_of,
@@ -82,7 +83,7 @@ class FakeCluster:
         self.pods: dict[Stage, list[Manifest]] = {}
         self.progress: Progress | None = None
         self.pod_events: list[Manifest] = []
-        self.exposed: list[Stage] = []
+        self.policies: dict[str, str | None] = {}
         self.workload: Manifest | None = None
         self.created: list[Manifest] = []
         self.events: dict[tuple[str, str], Event] = {}
@@ -96,7 +97,7 @@ class FakeCluster:
         if self.body is None:
             return None
         pods = {stage: list(pods) for stage, pods in self.pods.items()}
-        observed = Observed(dict(self.jobs), pods, self.progress, self.workload, self.pod_events, self.exposed)
+        observed = Observed(dict(self.jobs), pods, self.progress, self.workload, self.pod_events, dict(self.policies))
         return Resource.read(self.body), observed
 
     async def refresh(self, key: Key) -> None:
@@ -107,8 +108,8 @@ class FakeCluster:
             raise self.create_error
         self.created.append(manifest)
         stage = stage_of(manifest)
-        if manifest["kind"] == "NetworkPolicy" and stage in self.exposed:
-            self.exposed.remove(stage)
+        if manifest["kind"] == "NetworkPolicy":
+            self.policies[manifest["metadata"]["name"]] = manifest_hash_of(manifest)
         if manifest["kind"] == "Job" and stage is not None:
             assert stage not in self.jobs, f"a second Job for {stage}"
             metadata = {**manifest["metadata"], "uid": f"job-{next(self._numbers)}"}

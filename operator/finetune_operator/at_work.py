@@ -12,7 +12,7 @@ from finetune_operator.cluster import Event
 from finetune_operator.decision import Decision
 from finetune_operator.diagnose import Trouble, refusal, waiting_trouble
 from finetune_operator.interruptions import note_interruption, note_lost_job
-from finetune_operator.lost_children import is_missing, lacks_something, lost_children
+from finetune_operator.lost_children import is_in_place, is_missing, lacks_something, lost_children
 from finetune_operator.observed import (
     Manifest,
     condition_of,
@@ -32,6 +32,7 @@ from finetune_operator.observed import (
     suspension,
 )
 from finetune_operator.plans import build_plan
+from finetune_operator.render.network import render_policies
 from finetune_operator.resolved import resolved_status
 from finetune_operator.step import LOOK_AGAIN_SECONDS, WAITING, WORKING, Step
 
@@ -50,7 +51,7 @@ class AtWork(Step):
         if stage is not Stage.PREPARE and self._workspace_is_gone(stage):
             return self._begin_anew(stage)
         decision = self._stay(stage, job)
-        return decision if decision.restart else replace(decision, create=self._lost_children(stage))
+        return decision if decision.restart else replace(decision, create=self._lost_children(stage, job))
 
     def let_go(self, stage: Stage) -> Decision:
         """The stage's Job is being deleted, by us or by somebody else; it is made again when it is gone."""
@@ -192,13 +193,17 @@ class AtWork(Step):
         known = parse_time(progress.last_updated_time if progress else None), parse_time(began)
         return max(filter(None, known), default=self.now)
 
-    def _lost_children(self, stage: Stage) -> tuple[Manifest, ...]:
+    def _lost_children(self, stage: Stage, job: Manifest) -> tuple[Manifest, ...]:
         resource = replace(self.resource, status=self.draft.status())
         interrupted = resource.status.last_interruption != self.resource.status.last_interruption
-        if not interrupted and stage not in self.observed.exposed and not lacks_something(self.observed, stage):
+        if not interrupted and not lacks_something(self.observed, stage) and not self._is_exposed(stage, job):
             return ()
         children = self.render(build_plan(resource, self.spec, stage, self.context.layout), resource)
         return lost_children(children, self.observed, stage, interrupted=interrupted)
+
+    def _is_exposed(self, stage: Stage, job: Manifest) -> bool:
+        policies = render_policies(self.resource, stage, self.context.settings, peers=nodes_of(job) > 1)
+        return not all(is_in_place(policy, self.observed) for policy in policies)
 
     def _workspace_is_gone(self, stage: Stage) -> bool:
         """The job's own: one that the spec names is the user's to bring back."""

@@ -72,8 +72,8 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.queueing.exit_timeout = 0.5
     settings.process.ultimate_exiting_timeout = None
     for kind in KINDS:
-        if kind.label:
-            settings.watching.label_selectors[kind.api_version, kind.plural] = kind.label
+        if kind.selector:
+            settings.watching.label_selectors[kind.api_version, kind.plural] = kind.selector
     return settings
 
 

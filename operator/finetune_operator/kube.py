@@ -25,6 +25,7 @@ from finetune_operator.diagnose import waiting_trouble
 from finetune_operator.inquiries import Inquiries
 from finetune_operator.kueue import is_queued
 from finetune_operator.observed import (
+    MANAGED_BY_LABEL,
     Key,
     Manifest,
     Observed,
@@ -34,6 +35,7 @@ from finetune_operator.observed import (
     is_owned_by,
     is_running,
     is_suspended,
+    job_name_of,
     manifest_hash_of,
     newest_of_each_node,
     nodes_of,
@@ -42,7 +44,7 @@ from finetune_operator.observed import (
     terminated,
 )
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Store
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Store, all_jobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,8 @@ class KubeCluster:
             mine = [pod for pod in self._store.get(PODS, key) if is_owned_by(pod, job["metadata"]["uid"])]
             if mine:
                 pods[stage] = sorted(mine, key=_age_order)
-        protected = {stage_of(policy) for policy in self._store.get(POLICIES, key) if is_owned_by(policy, resource.uid)}
+        own_policies = [policy for policy in self._store.get(POLICIES, key) if is_owned_by(policy, resource.uid)]
+        policies = [*self._store.get(POLICIES, all_jobs_of(key.namespace)), *own_policies]
         current = next((stage for stage in reversed(Stage) if stage in jobs), None)
         newest = pods.get(current, []) if current else []
         return resource, Observed(
@@ -110,7 +113,7 @@ class KubeCluster:
             progress=self._progress(current, newest) if current else None,
             workload=await self._workload_of(jobs.get(Stage.TRAIN)),
             events=await self._events_of(_waiting(jobs[current], newest)) if current else (),
-            exposed=[stage for stage, job in jobs.items() if stage not in protected and not has_ended(job)],
+            policies={policy["metadata"]["name"]: manifest_hash_of(policy) for policy in policies},
         )
 
     def _progress(self, stage: Stage, pods: Sequence[Manifest]) -> Progress | None:
@@ -193,20 +196,13 @@ class KubeCluster:
         found = existing["metadata"]
         if "deletionTimestamp" in found or _is_of_predecessor(existing, resource):
             raise UnavailableError(f"{name} of an earlier try is still being deleted")
-        retained_for = (found.get("annotations") or {}).get(JOB_UID_ANNOTATION)
-        if retained_for is not None and retained_for != resource.uid:
-            raise NameClashError(
-                f"{name} was retained from an earlier FineTuneJob: delete it, or rename this FineTuneJob and name the "
-                "claim in spec.workspace.claimName"
-            )
-        if retained_for is None and not is_owned_by(existing, resource.uid):
-            raise NameClashError(f"{name} exists and belongs to somebody else: rename the FineTuneJob or delete it")
+        _claim(existing, manifest, resource)
         self._know(existing)
         if manifest["kind"] in REPLACEABLE and manifest_hash_of(existing) != manifest_hash_of(manifest):
             # PUT, and not server-side apply: that would leave fields that a former version of us has written
             current = {"uid": found["uid"], "resourceVersion": found["resourceVersion"]}
             try:
-                await self._write("PUT", path, {**manifest, "metadata": {**metadata, **current}})
+                self._know(await self._write("PUT", path, {**manifest, "metadata": {**metadata, **current}}))
             except ApiError as error:
                 raise _as_cluster_error(f"cannot update {name}", error) from error
             logger.info("%s is brought up to date", name)
@@ -317,6 +313,25 @@ def _age_order(pod: Manifest) -> tuple[str, str]:
     is_over = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
     end = (terminated(pod) or {}).get("finishedAt") or ""
     return pod["metadata"].get("creationTimestamp", ""), end if is_over else "alive"
+
+
+def _claim(existing: Manifest, manifest: Manifest, resource: Resource) -> None:
+    """Raises NameClashError if what has the manifest's name is not this resource's own, and ForbiddenError if it is in
+    the way of all jobs of the namespace.
+    """
+    metadata, name = existing["metadata"], _name(manifest)
+    if job_name_of(manifest) is None:
+        if (metadata.get("labels") or {}).get(MANAGED_BY_LABEL) != FIELD_MANAGER:
+            raise ForbiddenError(f"{name} exists and is not ours, and no pod may start without ours: rename it")
+        return
+    retained_for = (metadata.get("annotations") or {}).get(JOB_UID_ANNOTATION)
+    if retained_for is not None and retained_for != resource.uid:
+        raise NameClashError(
+            f"{name} was retained from an earlier FineTuneJob: delete it, or rename this FineTuneJob and name the "
+            "claim in spec.workspace.claimName"
+        )
+    if retained_for is None and not is_owned_by(existing, resource.uid):
+        raise NameClashError(f"{name} exists and belongs to somebody else: rename the FineTuneJob or delete it")
 
 
 def _is_of_predecessor(existing: Manifest, resource: Resource) -> bool:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from finetune_operator.cluster import Event
 from finetune_operator.layout import CACHE
 from finetune_operator.local_job import LocalJob
-from finetune_operator.observed import Key, Manifest, Observed, Resource, merge_patch, stage_of
+from finetune_operator.observed import Key, Manifest, Observed, Resource, manifest_hash_of, merge_patch, stage_of
 from finetune_operator.run_folder import RunError, RunFolder
 
 PROGRESS_TIMEOUT = aiohttp.ClientTimeout(total=1)
@@ -137,6 +137,7 @@ class LocalCluster:
             Stage(stage): LocalJob(child["job"], child["pods"], self._logs, (lock,))
             for stage, child in (run.read("children.json") or {}).items()
         }
+        self._policies: dict[str, str | None] = {}
         self._saved = ""
 
     @property
@@ -159,7 +160,7 @@ class LocalCluster:
         self.progress = await self._ask_progress()
         jobs = {stage: job.manifest for stage, job in self._jobs.items()}
         pods = {stage: tuple(job.pods) for stage, job in self._jobs.items()}
-        return Resource.read(self.document), Observed(jobs=jobs, pods=pods, progress=self.progress)
+        return Resource.read(self.document), Observed(jobs, pods, self.progress, policies=self._policies)
 
     async def refresh(self, key: Key) -> None:
         """Here nothing is ever behind."""
@@ -167,6 +168,8 @@ class LocalCluster:
     async def create(self, resource: Resource, manifest: Manifest) -> None:
         """Jobs become processes, and a plan's ConfigMap a file; of volumes and policies this machine needs none."""
         stage = stage_of(manifest)
+        if manifest["kind"] == "NetworkPolicy":
+            self._policies[manifest["metadata"]["name"]] = manifest_hash_of(manifest)
         if stage is None or stage in self._jobs:
             return
         if manifest["kind"] == "ConfigMap":

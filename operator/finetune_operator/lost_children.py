@@ -1,6 +1,6 @@
 """What a stage at work still needs and somebody has deleted. Pure.
 
-That its NetworkPolicy is gone a watch tells. Of what only a starting pod needs, the scheduler and the kubelet tell when
+That a NetworkPolicy is gone a watch tells. Of what only a starting pod needs, the scheduler and the kubelet tell when
 one does not start; of the Service nobody does, so it is made again, if need be, whenever a pod is.
 """
 
@@ -9,7 +9,13 @@ from collections.abc import Iterator, Sequence
 from finetune_api.constants import Stage
 
 from finetune_operator.diagnose import waiting_trouble
-from finetune_operator.observed import Manifest, Observed, is_pending
+from finetune_operator.observed import Manifest, Observed, is_pending, manifest_hash_of
+
+
+def is_in_place(child: Manifest, observed: Observed) -> bool:
+    """Whether it is a NetworkPolicy that is there already, and as it should be: most are shared by all jobs."""
+    name = child["metadata"]["name"]
+    return child["kind"] == "NetworkPolicy" and observed.policies.get(name) == manifest_hash_of(child)
 
 
 def is_missing(kind: str, name: str, observed: Observed, stage: Stage) -> bool:
@@ -38,7 +44,7 @@ def lost_children(
             case "Job":
                 return False
             case "NetworkPolicy":
-                return stage in observed.exposed
+                return not is_in_place(child, observed)
             case "Service":
                 return interrupted
             case kind:

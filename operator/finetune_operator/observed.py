@@ -5,7 +5,7 @@ Objects of Kubernetes stay dicts in their JSON form, as the API server sent them
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ MAX_SKEW_SECONDS = 86400.0
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
 """On the pods of an Indexed Job with backoffLimitPerIndex: how many of the index's pods have failed before."""
+
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 
 SUSPENDED_ANNOTATION = f"{GROUP}/suspended"
 """On a Job that we have suspended: one that somebody else has suspended is theirs to resume."""
@@ -123,8 +125,8 @@ class Observed:
     """What Kueue keeps about the train Job while it is suspended."""
     events: Sequence[Manifest] = ()
     """Events (core/v1) about a pod that does not start, or about a Job that gets no pod; oldest first."""
-    exposed: Collection[Stage] = ()
-    """Stages at work whose NetworkPolicy is gone."""
+    policies: Mapping[str, str | None] = field(default_factory=dict)
+    """NetworkPolicies for its pods, those of the whole namespace and its own: name -> hash."""
 
     def result(self, stage: Stage) -> Result | None:
         """What the stage's pod said when it succeeded; of several nodes, the first one speaks."""

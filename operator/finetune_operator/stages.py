@@ -14,6 +14,7 @@ from finetune_operator.diagnose import Trouble, culprit, stage_failure
 from finetune_operator.draft import STAGE_SHARE
 from finetune_operator.evidence import has_outcome
 from finetune_operator.interruptions import note_lost_job
+from finetune_operator.lost_children import is_in_place
 from finetune_operator.observed import Manifest, Resource, condition_of, has_ended, result_of
 from finetune_operator.plans import build_plan, plan_memory
 from finetune_operator.resolved import resolved_status
@@ -74,7 +75,7 @@ class Walk(AtWork):
         if stage is Stage.PREPARE:
             self.draft.conditions.set(ConditionType.DATA_READY, False, Reason.PREPARING, "the data is being prepared")
         self.wait(stage, Reason.POD_STARTING, f"{stage} is starting")
-        return self.decision(create=tuple(children))
+        return self.decision(create=tuple(child for child in children if not is_in_place(child, self.observed)))
 
     def _at_work_later(self, stage: Stage) -> list[Stage]:
         """Stages after this one whose Jobs have not ended. They began when the status knew more than it does now."""

@@ -7,10 +7,10 @@ changed since. Of two states of an object the newer wins: resourceVersions of on
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from finetune_api.constants import API_VERSION, JOB_LABEL, PLURAL
+from finetune_api.constants import API_VERSION, FIELD_MANAGER, JOB_LABEL, PLURAL
 
 from finetune_operator.api import api_path
-from finetune_operator.observed import Key, Manifest, job_name_of
+from finetune_operator.observed import MANAGED_BY_LABEL, Key, Manifest, job_name_of
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Kind:
 
     api_version: str
     plural: str
-    label: str = ""
-    """Only objects with this label."""
+    selector: str = ""
+    """Only objects whose labels are so."""
     names_only: bool = False
     """What is in it does not matter, only whether it exists."""
 
@@ -29,13 +29,13 @@ class Kind:
 
     @property
     def query(self) -> dict[str, str]:
-        return {"labelSelector": self.label} if self.label else {}
+        return {"labelSelector": self.selector} if self.selector else {}
 
     def query_for(self, key: Key) -> dict[str, str]:
         """For what belongs to one FineTuneJob, in its namespace."""
         return (
-            {"labelSelector": f"{self.label}={key.name}"}
-            if self.label
+            {"labelSelector": f"{JOB_LABEL}={key.name}"}
+            if self.selector
             else {"fieldSelector": f"metadata.name={key.name}"}
         )
 
@@ -43,7 +43,7 @@ class Kind:
 FINE_TUNE_JOBS = Kind(API_VERSION, PLURAL)
 JOBS = Kind("batch/v1", "jobs", JOB_LABEL)
 PODS = Kind("v1", "pods", JOB_LABEL)
-POLICIES = Kind("networking.k8s.io/v1", "networkpolicies", JOB_LABEL, names_only=True)
+POLICIES = Kind("networking.k8s.io/v1", "networkpolicies", f"{MANAGED_BY_LABEL}={FIELD_MANAGER}", names_only=True)
 KINDS = (FINE_TUNE_JOBS, JOBS, PODS, POLICIES)
 
 
@@ -51,11 +51,19 @@ REMEMBERED = 10_000
 """Deletions that are kept in mind."""
 
 
+def all_jobs_of(namespace: str) -> Key:
+    """Where the store keeps what is shared by all jobs of a namespace."""
+    return Key(namespace, "")
+
+
 def key_of(kind: Kind, body: Manifest) -> Key | None:
-    """The FineTuneJob that the object is, or is labelled with."""
+    """The FineTuneJob that the object is, or is labelled with; `all_jobs_of` for a policy that has no such label."""
     metadata = body["metadata"]
+    namespace = metadata.get("namespace", "default")
     name = metadata["name"] if kind is FINE_TUNE_JOBS else job_name_of(body)
-    return None if name is None else Key(metadata.get("namespace", "default"), name)
+    if name is None:
+        return all_jobs_of(namespace) if kind is POLICIES else None
+    return Key(namespace, name)
 
 
 class Store:
@@ -110,7 +118,10 @@ class Store:
         if len(self._gone) > REMEMBERED:
             del self._gone[next(iter(self._gone))]
         if uid in self._keys:
-            self.changed(self._remove(uid))
+            key = self._remove(uid)
+            is_shared = key == all_jobs_of(key.namespace)
+            for each in [job for job in self.known() if job.namespace == key.namespace] if is_shared else [key]:
+                self.changed(each)
 
     def replace(
         self,

@@ -16,7 +16,7 @@ from finetune_operator.observed import Manifest, Resource, merge_patch, suspensi
 from finetune_operator.plans import has_peers
 from finetune_operator.render.job import render_job
 from finetune_operator.render.metadata import render_metadata, seal
-from finetune_operator.render.network import render_network_policy, render_service
+from finetune_operator.render.network import render_policies, render_service
 from finetune_operator.render.storage import render_workspace
 from finetune_operator.settings import Settings
 
@@ -24,13 +24,12 @@ from finetune_operator.settings import Settings
 def render_stage(
     resource: Resource, spec: FineTuneJobSpec, plan: Plan, settings: Settings, layout: Layout, *, suspended: bool
 ) -> list[Manifest]:
-    """The children of `plan.stage` in the order of their creation: what the pods need first, the Job last.
+    """What `plan.stage` needs, in the order of its creation: NetworkPolicies first, the Job last.
 
     The workspace's claim is a child of prepare, unless the spec names a claim. Each manifest carries the hash of
     itself; the Job's own leaves out `suspend`, which changes during a job's life.
     """
     children = [
-        render_network_policy(resource, plan, settings),
         _plan_config_map(resource, plan),
         *([render_service(resource, plan)] if has_peers(plan) else []),
         render_job(resource, spec, plan, settings, layout.plan_path(resource, plan.stage)),
@@ -39,7 +38,7 @@ def render_stage(
         children.insert(0, render_workspace(resource, spec))
     children = [seal(child) for child in children]
     children[-1] = merge_patch(children[-1], suspension(suspended))
-    return children
+    return [*render_policies(resource, plan.stage, settings, peers=has_peers(plan)), *children]
 
 
 def _plan_config_map(resource: Resource, plan: Plan) -> Manifest:

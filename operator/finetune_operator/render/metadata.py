@@ -15,10 +15,12 @@ from finetune_api.constants import (
     Stage,
 )
 
-from finetune_operator.observed import Manifest, Resource
+from finetune_operator.observed import MANAGED_BY_LABEL, Manifest, Resource
 
 JOB_UID_ANNOTATION = f"{GROUP}/job-uid"
 """On a child that has no owner, because it outlives the job: whose it was."""
+
+COMMON_LABELS = {"app.kubernetes.io/name": "finetune-trainer", MANAGED_BY_LABEL: FIELD_MANAGER}
 
 
 def identity_labels(resource: Resource, stage: Stage) -> dict[str, str]:
@@ -28,11 +30,7 @@ def identity_labels(resource: Resource, stage: Stage) -> dict[str, str]:
 
 def render_labels(resource: Resource, stage: Stage | None) -> dict[str, str]:
     """Labels of a child; the workspace is of no single stage."""
-    return {
-        "app.kubernetes.io/name": "finetune-trainer",
-        "app.kubernetes.io/managed-by": FIELD_MANAGER,
-        **(identity_labels(resource, stage) if stage else {JOB_LABEL: resource.key.name}),
-    }
+    return COMMON_LABELS | (identity_labels(resource, stage) if stage else {JOB_LABEL: resource.key.name})
 
 
 def render_metadata(resource: Resource, name: str, stage: Stage | None, owned: bool = True) -> Manifest:
@@ -55,6 +53,11 @@ def render_metadata(resource: Resource, name: str, stage: Stage | None, owned: b
         "blockOwnerDeletion": False,
     }
     return metadata | {"ownerReferences": [owner]}
+
+
+def render_shared_metadata(namespace: str, name: str) -> Manifest:
+    """Metadata of what all jobs of a namespace share: it has no owner, and stays when they go."""
+    return {"name": name, "namespace": namespace, "labels": COMMON_LABELS, "annotations": {}}
 
 
 def seal(manifest: Manifest) -> Manifest:

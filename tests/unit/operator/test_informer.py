@@ -113,6 +113,17 @@ def test_of_a_policy_only_its_end_is_news():
     assert told == [KEY]
 
 
+def test_the_end_of_a_policy_for_all_jobs_is_news_for_each_of_its_namespace():
+    store, told = Store(), []
+    store.put(POLICIES, body("guard", label=None))
+    for number, name in enumerate(("one", "two")):
+        store.put(FINE_TUNE_JOBS, body(f"{number}", name=name))
+    store.put(FINE_TUNE_JOBS, body("3", name="three", namespace="far"))
+    store.changed = told.append
+    store.remove("guard", 10**9)
+    assert told == [Key("team", "one"), Key("team", "two")]
+
+
 def test_our_own_objects_are_not_changed_by_storing_them():
     original = body()
     Store().put(JOBS, original)

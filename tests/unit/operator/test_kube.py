@@ -6,12 +6,12 @@ import pytest
 from finetune_api.constants import HASH_ANNOTATION, JOB_LABEL, STAGE_LABEL, Phase, Stage
 from finetune_api.progress import Progress
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.cluster import NameClashError, RejectedError, UnavailableError
+from finetune_operator.cluster import ForbiddenError, NameClashError, RejectedError, UnavailableError
 from finetune_operator.event_recorder import EventRecorder
 from finetune_operator.kube import KubeCluster
 from finetune_operator.observed import Key, format_time, is_suspended_by_us, suspension
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, Store
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Store
 
 from tests.fake_kubernetes import fake_kubernetes, status
 
@@ -19,6 +19,7 @@ KEY = Key("team", "demo")
 NAMESPACE = "/namespaces/team"
 RESOURCE = f"/apis/finetune-operator.io/v1alpha1{NAMESPACE}/finetunejobs/demo"
 JOB = f"/apis/batch/v1{NAMESPACE}/jobs/demo-train"
+GUARD = f"/apis/networking.k8s.io/v1{NAMESPACE}/networkpolicies/guard"
 POLICY = f"/apis/networking.k8s.io/v1{NAMESPACE}/networkpolicies/demo-train"
 CLAIM = f"/api/v1{NAMESPACE}/persistentvolumeclaims/demo-workspace"
 
@@ -72,6 +73,13 @@ class World:
             "ownerReferences": self.owner(),
         }
         return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": {"suspend": False}, **fields}
+
+    def guard(self, **fields):
+        """A policy for all jobs of the namespace."""
+        policy = self.child("NetworkPolicy", name="guard", **fields)
+        del policy["metadata"]["ownerReferences"]
+        policy["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "finetune-operator"}
+        return policy
 
     def job(self, stage=Stage.TRAIN):
         return self.put(
@@ -338,16 +346,41 @@ async def test_a_status_that_the_server_refuses_is_an_error(world):
         await world.cluster.write_status(await world.resource(), FineTuneJobStatus(phase=Phase.FAILED))
 
 
-async def test_a_stage_at_work_whose_policy_was_deleted_is_exposed(world):
+async def test_policies_are_known_the_jobs_own_and_the_namespaces(world):
     resource = await world.resource()
-    world.job()
-    assert list((await world.observed()).exposed) == [Stage.TRAIN]
+    assert not (await world.observed()).policies
     await world.cluster.create(resource, world.child("NetworkPolicy"))
-    assert not (await world.observed()).exposed, "the watch may be late"
-    world.store.remove(world.fake.objects[POLICY]["metadata"]["uid"], 0)
-    assert list((await world.observed()).exposed) == [Stage.TRAIN]
-    await world.cluster.create(resource, world.child("NetworkPolicy"))
-    assert not (await world.observed()).exposed, "it was there all the time"
+    await world.cluster.create(resource, world.guard())
+    both = {"demo-train": "1", "guard": "1"}
+    assert (await world.observed()).policies == both, "the watch may be late"
+    world.store.remove(world.fake.objects[GUARD]["metadata"]["uid"], 0)
+    assert (await world.observed()).policies == {"demo-train": "1"}
+    await world.cluster.create(resource, world.guard())
+    assert (await world.observed()).policies == both, "it was there all the time"
+
+
+async def test_a_policy_of_a_predecessor_is_none_of_ours(world):
+    theirs = world.child("NetworkPolicy")
+    theirs["metadata"]["ownerReferences"] = world.owner(uid="of a job that was deleted")
+    world.put(POLICIES, POLICY, theirs)
+    assert not (await world.observed()).policies
+
+
+async def test_a_policy_for_all_jobs_is_renewed_by_whichever_needs_it(world):
+    resource = await world.resource()
+    world.put(POLICIES, GUARD, world.guard(spec={"egress": [{}]}))
+    await world.cluster.create(resource, world.guard(content="2", spec={"egress": []}))
+    assert world.fake.objects[GUARD]["spec"] == {"egress": []}
+    assert (await world.observed()).policies == {"guard": "2"}
+
+
+async def test_a_policy_of_somebody_else_in_the_place_of_all_jobs_stops_them_and_fails_none(world):
+    theirs = world.guard()
+    theirs["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "Helm"}
+    before = world.fake.put(GUARD, theirs)
+    with pytest.raises(ForbiddenError, match="NetworkPolicy guard exists and is not ours, and no pod may start"):
+        await world.cluster.create(await world.resource(), world.guard())
+    assert world.fake.objects[GUARD] == before
 
 
 # --- refresh

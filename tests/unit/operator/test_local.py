@@ -210,7 +210,9 @@ async def test_volumes_and_policies_make_nothing(world):
         resource, _ = await cluster.observe(cluster.key)
         for kind in ("PersistentVolumeClaim", "NetworkPolicy"):
             await cluster.create(resource, {"kind": kind, "metadata": {"name": "x", "labels": {STAGE_LABEL: "train"}}})
-        assert (await cluster.observe(cluster.key))[1].jobs == {}
+        observed = (await cluster.observe(cluster.key))[1]
+        assert observed.jobs == {}
+        assert list(observed.policies) == ["x"], "nobody needs to make it again"
 
 
 async def test_an_event_is_passed_on_once(world):

@@ -207,9 +207,10 @@ async def test_what_a_stage_still_needs_is_made_again(cluster: FakeCluster) -> N
     assert kinds(cluster) == ["ConfigMap"]
     cluster.created.clear()
     cluster.pod_events = []
-    cluster.exposed = [Stage.PREPARE]
+    del cluster.policies["finetune-trainers"]
+    cluster.policies["finetune-transfers"] = "of an older operator"
     await cluster.turn()
-    assert kinds(cluster) == ["NetworkPolicy"]
+    assert kinds(cluster) == ["NetworkPolicy", "NetworkPolicy"]
 
 
 async def test_what_somebody_else_should_bring_is_not_made(cluster: FakeCluster) -> None:
@@ -227,7 +228,7 @@ async def test_a_job_that_has_lost_its_workspace_begins_again(cluster: FakeClust
     cluster.pod(Stage.TRAIN, missing("persistentvolumeclaim", "demo-workspace"))
     await cluster.settle()
     assert list(cluster.jobs) == [Stage.PREPARE]
-    assert kinds(cluster)[-4:] == ["PersistentVolumeClaim", "NetworkPolicy", "ConfigMap", "Job"]
+    assert kinds(cluster)[-3:] == ["PersistentVolumeClaim", "ConfigMap", "Job"]
     assert cluster.status.data is None
     assert cluster.status.phase is Phase.PENDING
     cluster.start(Stage.PREPARE)

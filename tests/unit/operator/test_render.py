@@ -40,7 +40,7 @@ def render(
     suspended: bool = False,
     **spec: Any,
 ) -> dict[str, Manifest]:
-    """The stage's children by kind."""
+    """What belongs to the stage alone, by kind: all but the NetworkPolicies, which test_render_network is about."""
     whole = {
         "task": "Classification",
         "model": {"uri": "hf://owner/name"},
@@ -50,8 +50,10 @@ def render(
     parsed = parse_spec(whole)
     plan = build_plan(resource, parsed, stage, LAYOUT)
     children = render_stage(resource, parsed, plan, where, LAYOUT, suspended=suspended)
-    by_kind = {child["kind"]: child for child in children}
-    assert len(by_kind) == len(children)
+    own = [child for child in children if child["kind"] != "NetworkPolicy"]
+    assert children[-len(own) :] == own, "no pod is made before its policies"
+    by_kind = {child["kind"]: child for child in own}
+    assert len(by_kind) == len(own)
     return by_kind
 
 
@@ -80,9 +82,9 @@ def plan_of(children: dict[str, Manifest]) -> Plan:
 
 
 def test_the_job_comes_last_when_all_that_its_pods_need_is_there():
-    assert list(render(Stage.PREPARE)) == ["PersistentVolumeClaim", "NetworkPolicy", "ConfigMap", "Job"]
+    assert list(render(Stage.PREPARE)) == ["PersistentVolumeClaim", "ConfigMap", "Job"]
     for stage in (Stage.TRAIN, Stage.PUBLISH):
-        assert list(render(stage)) == ["NetworkPolicy", "ConfigMap", "Job"]
+        assert list(render(stage)) == ["ConfigMap", "Job"]
 
 
 @pytest.mark.parametrize("stage", list(Stage))
@@ -134,13 +136,12 @@ def test_one_node_with_several_gpus_is_as_any_other_but_for_its_shared_memory():
     assert container(four)["resources"]["limits"] == {"nvidia.com/gpu": "4"}
     assert volumes(four)["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
     assert set(four) == set(one)
-    assert four["NetworkPolicy"] == one["NetworkPolicy"]
     assert "env" not in container(four) and "subdomain" not in pod_of(four)
 
 
 def test_several_nodes_are_one_job_whose_pods_find_each_other_by_name():
     children = render(**TWO_NODES)
-    assert list(children) == ["NetworkPolicy", "ConfigMap", "Service", "Job"]
+    assert list(children) == ["ConfigMap", "Service", "Job"]
     job, service = children["Job"]["spec"], children["Service"]
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 2, 2)
     assert service["metadata"]["name"] == pod_of(children)["subdomain"] == "demo-train"
@@ -394,60 +395,6 @@ def test_a_claim_that_is_workspace_and_source_and_target_is_one_volume(workspace
         source = mounts(children)["/sources/pvc/demo-workspace"]
         assert source["name"] == "workspace"
         assert source.get("readOnly", False) == (stage is Stage.PREPARE)
-
-
-# network
-
-
-def test_train_pods_talk_to_each_other_and_nobody_else():
-    policy = render()["NetworkPolicy"]["spec"]
-    own = {"matchLabels": {"finetune-operator.io/job": "demo", "finetune-operator.io/stage": "train"}}
-    assert policy["podSelector"] == own
-    assert own["matchLabels"].items() <= render()["Job"]["spec"]["template"]["metadata"]["labels"].items()
-    assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert policy["egress"] == [{"to": [{"podSelector": own}]}]
-    telemetry, peers = policy["ingress"]
-    assert peers == {"from": [{"podSelector": own}]}
-    assert telemetry["ports"] == [{"port": 9400}]
-    assert telemetry["from"] == [
-        {
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "operators"}},
-            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "finetune-operator"}},
-        }
-    ]
-
-
-def test_train_pods_of_several_nodes_ask_the_dns_too():
-    one, several = render()["NetworkPolicy"]["spec"], render(**TWO_NODES)["NetworkPolicy"]["spec"]
-    peers, dns = several["egress"]
-    assert [peers] == one["egress"] and several["ingress"] == one["ingress"]
-    pods = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
-        "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
-    }
-    assert dns == {"to": [pods], "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
-    where = Settings(dns_cidrs=("169.254.20.10/32",))
-    _, dns = render(where=where, **TWO_NODES)["NetworkPolicy"]["spec"]["egress"]
-    assert dns["to"] == [pods, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
-
-
-@pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.PUBLISH])
-def test_the_cpu_stages_reach_the_world_but_not_the_nodes_credentials(stage):
-    policy = render(stage)["NetworkPolicy"]["spec"]
-    assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert [rule["ports"] for rule in policy["ingress"]] == [[{"port": 9400}]]
-    ((pods, world, world6),) = [rule["to"] for rule in policy["egress"]]
-    assert pods == {"namespaceSelector": {}}
-    assert (world["ipBlock"]["cidr"], world6["ipBlock"]["cidr"]) == ("0.0.0.0/0", "::/0")
-    assert "169.254.169.254/32" in world["ipBlock"]["except"]
-
-
-@pytest.mark.parametrize("stage", list(Stage))
-def test_prometheus_reads_the_telemetry_if_the_installation_has_one(stage):
-    where = Settings(operator_namespace="operators", prometheus_namespace="monitoring")
-    rule = render(stage, where=where)["NetworkPolicy"]["spec"]["ingress"][0]
-    assert rule["from"][1:] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
-    assert rule["ports"] == [{"port": 9400}]
 
 
 # wild specs
