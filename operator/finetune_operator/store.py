@@ -22,7 +22,7 @@ class Kind:
     selector: str = ""
     """Only objects whose labels are so."""
     names_only: bool = False
-    """What is in it does not matter, only whether it exists."""
+    """Its name and hash say all about it, and only its end is news."""
 
     def path(self, namespace: str | None) -> str:
         return api_path(self.api_version, self.plural, namespace)

@@ -128,7 +128,8 @@ def at_rest(name: str, namespace: str) -> dict[str, str]:
 def everything_of(name: str, namespace: str) -> dict[str, str]:
     """The job and its children, by kind and name, and the version of each; none of them has what is the job's own."""
     job = kit.get_job(namespace, name)
-    children = kit.items("jobs,configmaps,networkpolicies,pvc", namespace, f"{JOB_LABEL}={name}")
+    children = kit.items("jobs,configmaps,pvc", namespace, f"{JOB_LABEL}={name}")
+    children += kit.items("networkpolicies", namespace)
     assert {one["kind"] for one in children} == {"Job", "ConfigMap", "NetworkPolicy", "PersistentVolumeClaim"}
     for one in children:
         for field in ("labels", "annotations"):

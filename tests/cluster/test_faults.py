@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_operator.render.network import GUARD
 
 from tests.cluster import kit
 from tests.cluster.test_jobs import wait_until_gone
@@ -240,9 +241,9 @@ def test_one_fault_after_the_other_does_a_training_no_harm(workbench: Workbench)
     assert (status["attempt"], status.get("completionTime")) == (1, None)
     assert kit.condition(kit.get_job(workbench.namespace, name), "DataReady")["status"] == "True"
 
-    policy = kit.get("networkpolicy", train, workbench.namespace)
-    kit.kubectl(*in_namespace, "delete", "networkpolicy", train)
-    remade = kit.wait_until(lambda: kit.get("networkpolicy", train, workbench.namespace), 20, "the policy again")
+    policy = kit.get("networkpolicy", GUARD, workbench.namespace)
+    kit.kubectl(*in_namespace, "delete", "networkpolicy", GUARD)
+    remade = kit.wait_until(lambda: kit.get("networkpolicy", GUARD, workbench.namespace), 20, "the policy again")
     assert policy is not None and remade is not None and remade["spec"] == policy["spec"]
 
     wait_for_a_leader()

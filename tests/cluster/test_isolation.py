@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from finetune_api.constants import TELEMETRY_PORT, Stage
-from finetune_operator.render.network import METADATA_SERVICES
+from finetune_operator.render.network import GUARD, METADATA_SERVICES
 from finetune_operator.settings import OPERATOR_LABELS
 
 from tests.cluster import kit
@@ -179,6 +179,7 @@ def test_each_stage_reaches_what_it_needs_and_is_reached_by_the_operator_only(
             assert errno in ("13", "30"), "the root filesystem is read-only"
     workbench.wait(name, "Succeeded")
     workbench.delete(name)
+    assert kit.get("networkpolicy", GUARD, workbench.namespace), "no pod is without it while it ends"
 
 
 def test_the_operator_reaches_api_server_dns_and_trainers_and_serves_one_port(

@@ -50,7 +50,7 @@ def test_suspended_at_creation_it_waits_then_runs_once_and_goes_when_its_time_is
     name = workbench.submit(tiny_classification(suspend=True, limits={"activeDeadlineSeconds": 3600}))
     job = workbench.wait(name, "Suspended", 60)
     assert kit.condition(job, "Suspended")["status"] == "True"
-    assert children(workbench, name) == {"job", "configmap", "persistentvolumeclaim", "networkpolicy"}, "and no pod"
+    assert children(workbench, name) == {"job", "configmap", "persistentvolumeclaim"}, "and no pod"
     (child,) = kit.items("jobs", workbench.namespace, f"{JOB_LABEL}={name}")
     assert "startTime" not in child["status"], "its deadline does not tick"
 
@@ -58,7 +58,7 @@ def test_suspended_at_creation_it_waits_then_runs_once_and_goes_when_its_time_is
     job = workbench.wait(name, "Succeeded")
     assert not says_suspended(job)
     before = job["status"]
-    for kind in ("jobs", "pods", "configmaps", "networkpolicies"):
+    for kind in ("jobs", "pods", "configmaps"):
         kit.kubectl("-n", workbench.namespace, "delete", kind, "-l", f"{JOB_LABEL}={name}")
     workbench.set(name, limits={"activeDeadlineSeconds": 3600, "retries": 5})  # something to reconcile for
     job = kit.wait_for(

@@ -9,8 +9,12 @@ from finetune_api.constants import Stage
 from finetune_api.plan import Plan
 from finetune_api.report import DataReport, LengthHistogram, Remark
 from finetune_api.spec import Task
+from finetune_trainer.data.examples import PlainText
 from finetune_trainer.data.report import Lengths
-from finetune_trainer.data.statistics import count_words, measure_packing
+from finetune_trainer.data.split import Split
+from finetune_trainer.data.statistics import TokenStatistics, count_words, measure_packing
+from finetune_trainer.data.store import TokenizedRow
+from finetune_trainer.data.tokenize import Encoded
 from finetune_trainer.errors import UserError
 from finetune_trainer.prepare import run
 from finetune_trainer.telemetry import Telemetry
@@ -90,6 +94,26 @@ def test_as_many_rows_are_tried_as_take_no_time():
     found = measure_packing(rows, 64, Task.GENERATION, paired=False)
     assert found.sampled_rows == 512 * 32
     assert found == measure_packing(rows, 64, Task.GENERATION, paired=False)
+
+
+class ByCharacters:
+    """An encoder of one token a character."""
+
+    has_unknown_token = False
+
+    def count_tokens(self, texts):
+        return sum(map(len, texts)), 0
+
+
+def test_packing_is_tried_on_rows_from_all_over_the_data():
+    """Files are often sorted; the rows at their end must not be forgotten because there are too many."""
+    statistics = TokenStatistics(ByCharacters(), train_rows=60_000)
+    for number in range(60_000):
+        row = TokenizedRow([1] * (10 if number < 40_000 else 40))
+        statistics.add(Split.TRAIN, PlainText("x"), Encoded(row, len(row.input_ids)))
+    found = statistics.packing(40, Task.GENERATION, paired=False)
+    assert found.sampled_rows == 512 * 32
+    assert found.fixed == pytest.approx((2 / 3 * 10 + 1 / 3 * 40) / 40, abs=0.01)
 
 
 # --- the stage
