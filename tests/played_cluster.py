@@ -1,169 +1,53 @@
-"""A cluster that lives by itself in virtual time: API server with watches, Job controller, garbage collector, kubelet, trainer.
+"""A cluster that lives by itself in virtual time: Job controller, garbage collector and kubelet on a played API server.
 
-Each of them reacts late, by a drawn time, and to what is there then. Faults are its public methods: `kill_trainer`,
-`delete`, `drain`, and on the API server `down`, `errors`, `lost_answers`, `slowness`, `break_watches`.
+Each of them reacts late, by a drawn time, and to what is there then. Faults are `kill_trainer`, `delete`, `drain`, and
+those of the API server.
 """
 
 import asyncio
-import contextvars
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
-from finetune_api.constants import JOB_LABEL, ExitCode, Reason, Stage
-from finetune_api.progress import Outcome, Progress, Result
-from finetune_operator.observed import Manifest, condition_of, format_time, has_ended, is_owned_by, stage_of, terminated
-from finetune_operator.store import Kind
+from finetune_api.constants import JOB_LABEL, ExitCode, Stage
+from finetune_api.progress import Progress, Result
+from finetune_operator.observed import Manifest, condition_of, has_ended, is_owned_by, stage_of, terminated
 
-from tests.fake_cluster import success
-from tests.fake_kubernetes import FakeKubernetes, collections_of, is_selected
+from tests.played_api_server import Observer, PlayedApiServer
+from tests.played_trainer import Trainer, Workspace
 from tests.virtual_time import Clock
 
-STEPS, CHECKPOINT_STEPS = 60, 10
-LENGTH = {Stage.PREPARE: 8, Stage.TRAIN: STEPS, Stage.PUBLISH: 4}
-"""Of the stages, in steps of about a second."""
 
-Observer = Callable[[str, str, Manifest | None, Manifest | None], None]
-"""Is told of every change: by whom, path, before, after."""
-
-
-@dataclass
-class Workspace:
-    """What the trainers of one FineTuneJob leave on their volume."""
-
-    job: str
-    step: int = 0
-    """Of the newest checkpoint."""
-    writer: str | None = None
-    """The pod that writes now."""
-    completions: dict[Stage, int] = field(default_factory=dict)
-    """How often a stage has ended well."""
-
-
-@dataclass
-class Trainer:
-    """The process of a running pod."""
-
-    task: asyncio.Task[None]
-    progress: Progress
-    asked_to_stop: bool = False
-
-
-class Stream:
-    """A watch: yields (type, object) until it breaks."""
-
-    def __init__(self, kind: Kind, namespace: str | None) -> None:
-        self._collection, self._query = kind.path(namespace), kind.query
-        self._events: asyncio.Queue[tuple[float, str, Manifest] | None] = asyncio.Queue()
-        self.deaf = False
-        """It tells nothing, and does not break either: until the client gives it up."""
-
-    def offer(self, change: str, path: str, body: Manifest) -> None:
-        if self._collection in collections_of(path) and is_selected(body, self._query):
-            due = asyncio.get_running_loop().time() + random.uniform(0.001, 0.2)
-            self._events.put_nowait((due, change, body))
-
-    def end(self) -> None:
-        self._events.put_nowait(None)
-
-    async def next(self) -> tuple[str, Manifest] | None:
-        while True:
-            event = await self._events.get()
-            if event is None:
-                return None
-            if not self.deaf:
-                await asyncio.sleep(max(0.0, event[0] - asyncio.get_running_loop().time()))
-                return event[1], event[2]
-
-
-class PlayedCluster(FakeKubernetes):
+class PlayedCluster(PlayedApiServer):
     def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self.writer = "the cluster"
-        """Who makes the change that happens now."""
-        self.is_down = False
-        self.slowness = 1.0
-        self.errors: list[int] = []
-        """HTTP statuses with which the next requests are refused."""
-        self.lost_answers = 0
-        """So many of the next writes are done, and nobody hears of it."""
-        self.streams: list[Stream] = []
-        self.oldest_version = 0
-        """A watch cannot begin before it: the past was compacted."""
+        super().__init__(observer)
         self.workspaces: dict[str, Workspace] = {}
         """By the claim's uid."""
         self.trainers: dict[str, Trainer] = {}
         """By the pod's uid."""
-        self._observer = observer
-        self._context = contextvars.copy_context()  # the cluster's clock is right
-        self._history: list[tuple[int, str, str, Manifest]] = []
         self._due: set[str] = set()  # Jobs that the Job controller looks at in a moment
         self._judged: dict[str, set[str]] = {}  # by a Job's uid: its pods whose end is counted
         self._names = 0
 
-    # --- API server
-
-    def now(self) -> str:
-        return format_time(Clock.time())
-
     def put(self, path: str, body: Manifest) -> Manifest:
-        old = self.objects.get(path)
-        body = json.loads(json.dumps(body))
-        if old is not None:
-            if _content(old) == _content(body):
-                return old  # as the real one does: a write that changes nothing is no event
-            generation = old["metadata"].get("generation", 1) + (old.get("spec") != body.get("spec"))
-        else:
-            generation = 1
-        body["metadata"] = {**(body.get("metadata") or {}), "generation": generation}
+        is_new = path not in self.objects
         new = super().put(path, body)
-        self._changed("MODIFIED" if old else "ADDED", path, old, new)
-        if old is None:
+        if is_new:
             self._later(self._collect_orphan, path, 0.1, 2.0)
         return new
 
     def remove(self, path: str) -> Manifest:
         old = super().remove(path)
-        last = {**old, "metadata": {**old["metadata"], "resourceVersion": str(self._version)}}
-        self._changed("DELETED", path, old, None, last)
         self._later(self._collect_garbage, old["metadata"]["uid"], 0.1, 2.0)
         return old
 
     def _changed(self, change: str, path: str, old: Manifest | None, new: Manifest | None, told: Any = None) -> None:
-        self._observer(self.writer, path, old, new)
-        self._history.append((self._version, change, path, told or new))
-        for stream in self.streams:
-            stream.offer(change, path, told or new)
+        super()._changed(change, path, old, new, told)
         if "/jobs/" in path and new is not None and new["spec"]["template"]:
             self._look_at(path)
         if "/pods/" in path:
             for job_path, _ in self._owners_of(old or new or {}):
                 self._look_at(job_path)
-
-    def watch(self, kind: Kind, namespace: str | None, version: int) -> Stream | None:
-        """None: too old (410)."""
-        if version < self.oldest_version:
-            return None
-        stream = Stream(kind, namespace)
-        for number, change, path, body in self._history:
-            if number > version:
-                stream.offer(change, path, body)
-        self.streams.append(stream)
-        return stream
-
-    def close(self, stream: Stream) -> None:
-        if stream in self.streams:
-            self.streams.remove(stream)
-
-    def break_watches(self, *, too_old: bool = False) -> None:
-        if too_old:
-            self.oldest_version = self._version + 1
-            self._version += 1
-        for stream in self.streams:
-            stream.end()
-        self.streams.clear()
 
     def _delete(self, path: str, body: Manifest) -> Manifest:
         """As the real one: a pod may take its time, a Job in the foreground goes after its pods."""
@@ -354,8 +238,6 @@ class PlayedCluster(FakeKubernetes):
         if "deletionTimestamp" in pod["metadata"]:
             self.delete(path)
 
-    # --- trainer
-
     def workspace_of(self, pod: Manifest) -> Workspace:
         namespace, name = pod["metadata"]["namespace"], pod["metadata"]["labels"][JOB_LABEL]
         claim = self.objects[f"/api/v1/namespaces/{namespace}/persistentvolumeclaims/{name}-workspace"]
@@ -366,7 +248,7 @@ class PlayedCluster(FakeKubernetes):
         assert workspace.writer is None, f"two pods write to the workspace of {path}"
         workspace.writer = uid
         try:
-            code, said = await self._work(uid, stage, workspace)
+            code, said = await self.trainers[uid].work(stage, workspace)
         except asyncio.CancelledError:
             self.trainers.pop(uid, None)
             if workspace.writer == uid:
@@ -374,54 +256,12 @@ class PlayedCluster(FakeKubernetes):
             raise
         self._end(path, uid, code, said)
 
-    async def _work(self, uid: str, stage: Stage, workspace: Workspace) -> tuple[int, Result]:
-        assert stage is Stage.PREPARE or workspace.completions, f"{stage} on an empty volume"
-        step = resumed = workspace.step if stage is Stage.TRAIN else 0
-        while step < LENGTH[stage]:
-            await asyncio.sleep(random.uniform(0.5, 1.5))
-            trainer = self.trainers[uid]
-            if trainer.asked_to_stop:
-                await asyncio.sleep(random.uniform(0.1, 2.0))
-                if stage is Stage.TRAIN:
-                    workspace.step = step
-                words = "stopped; a checkpoint was saved"
-                said = Result(stage=stage, outcome=Outcome.INTERRUPTED, reason=Reason.INTERRUPTED, message=words)
-                return ExitCode.TRY_AGAIN, said
-            step += 1
-            if stage is Stage.TRAIN and step % CHECKPOINT_STEPS == 0:
-                workspace.step = step
-            trainer.progress = Progress(
-                stage=stage, activity="Working", fraction=step / LENGTH[stage], updated_at=Clock.time(),
-                **({"step": step, "total_steps": STEPS, "resumed_from_step": resumed} if stage is Stage.TRAIN else {}),
-            )  # fmt: skip
-        workspace.completions[stage] = workspace.completions.get(stage, 0) + 1
-        return ExitCode.DONE, success(stage)
-
     def progress_at(self, ip: str) -> Progress | None:
         """What a pod answers."""
         for _, pod in self.pods():
             if pod["status"].get("podIP") == ip and pod["metadata"]["uid"] in self.trainers:
                 return self.trainers[pod["metadata"]["uid"]].progress
         return None
-
-    def _later(self, what: Callable[[Any], None], about: Any, earliest: float, latest: float) -> None:
-        def act() -> None:
-            before, self.writer = self.writer, "the cluster"
-            try:
-                what(about)
-            finally:
-                self.writer = before
-
-        self.schedule(random.uniform(earliest, latest), act)
-
-    def schedule(self, delay: float, act: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(delay, act, context=self._context)
-
-
-def _content(body: Manifest) -> Manifest:
-    ours = ("resourceVersion", "uid", "creationTimestamp", "generation", "namespace", "name")
-    metadata = {name: value for name, value in (body.get("metadata") or {}).items() if name not in ours}
-    return {**body, "metadata": metadata}
 
 
 def _mounts(pod: Manifest, claim_path: str) -> bool:

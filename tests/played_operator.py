@@ -17,7 +17,8 @@ from finetune_operator.observed import Manifest
 from finetune_operator.settings import Settings
 from kubernetes.aio.client import Configuration
 
-from tests.played_cluster import PlayedCluster, Stream
+from tests.played_api_server import Stream
+from tests.played_cluster import PlayedCluster
 from tests.virtual_time import SKEW, Clock
 
 WATCH_SECONDS = 75.0
