@@ -20,7 +20,10 @@ PROJECT = {
         "sourceRepos": ["*"],
         "destinations": [{"namespace": "*", "server": "*"}],
         "clusterResourceWhitelist": [{"group": "*", "kind": "*"}],
-        "orphanedResources": {"warn": True},
+        "orphanedResources": {
+            "warn": True,
+            "ignore": [{"group": "networking.k8s.io", "kind": "NetworkPolicy", "name": "finetune-*"}],  # docs/gitops.md
+        },
     },
 }
 """Of all Applications: it warns of objects in their namespace that are not theirs, nor their objects' children."""
