@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,7 @@ def fake_nodes(count: int, stages: str) -> Iterator[None]:
             subprocess.run([tool, "fake-nodes", str(count), str(configuration)], check=True, stderr=subprocess.DEVNULL)
             yield
         finally:
-            for process in _processes_with(str(configuration)):
-                os.kill(process, signal.SIGTERM)
+            _end_processes_with(str(configuration))
             _kubectl("delete", "nodes", "-l", "type=kwok", "--wait=false")
 
 
@@ -175,8 +175,20 @@ def _kubectl(*arguments: str) -> bytes:
     return subprocess.run(["kubectl", *arguments], check=True, stdout=subprocess.PIPE).stdout
 
 
+def _end_processes_with(argument: str) -> None:
+    """KWOK runs on when the tool has ended; the next one does not start before this one is gone."""
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        for process in _processes_with(argument):
+            with suppress(ProcessLookupError):
+                os.kill(process, kill)
+        for _ in range(100):
+            if not any(_processes_with(argument)):
+                return
+            time.sleep(0.1)
+
+
 def _processes_with(argument: str) -> Iterator[int]:
-    """Processes whose command line holds these words: KWOK runs on when the tool has ended."""
+    """Processes whose command line holds these words."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes()
