@@ -1,4 +1,4 @@
-"""The children of each stage: what runs, with which rights, what it sees and whom it may talk to."""
+"""The children of each stage: what runs, where, with which rights, and what it sees."""
 
 import json
 import re
