@@ -44,7 +44,7 @@ from finetune_operator.observed import (
     terminated,
 )
 from finetune_operator.render.metadata import JOB_UID_ANNOTATION
-from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Store, all_jobs_of
+from finetune_operator.store import FINE_TUNE_JOBS, JOBS, PODS, POLICIES, Kind, Store, all_jobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +142,16 @@ class KubeCluster:
 
     async def refresh(self, key: Key) -> None:
         for kind in (FINE_TUNE_JOBS, JOBS, PODS):
-            try:
-                listed, version = await self._api.list_all(kind.path(key.namespace), kind.query_for(key))
-            except ApiError as error:
-                raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
+            listed, version = await self._list(kind, key, kind.query_for(key))
             self._store.replace(kind, listed, version, key=key)
+        listed, version = await self._list(POLICIES, key, POLICIES.query)  # most are shared by the namespace
+        self._store.replace(POLICIES, listed, version, namespace=key.namespace)
+
+    async def _list(self, kind: Kind, key: Key, query: Mapping[str, str]) -> tuple[list[Manifest], str]:
+        try:
+            return await self._api.list_all(kind.path(key.namespace), query)
+        except ApiError as error:
+            raise UnavailableError(f"cannot list {kind.plural} of {key}: {error}") from error
 
     # --- writing
 

@@ -10,7 +10,7 @@ from finetune_operator.kube import KubeCluster
 from finetune_operator.observed import Key, format_time
 from finetune_operator.store import JOBS
 
-from tests.kube_world import JOB, KEY, NAMESPACE, RESOURCE, kube_world
+from tests.kube_world import GUARD, JOB, KEY, NAMESPACE, RESOURCE, kube_world
 
 
 @pytest.fixture
@@ -39,6 +39,15 @@ async def test_what_the_watches_have_not_told_is_asked_for(world):
     world.fake.refuse_reads, world.fake.refusals = True, [500]
     with pytest.raises(UnavailableError, match="cannot list finetunejobs of team/demo"):
         await world.cluster.refresh(KEY)
+
+
+async def test_a_policy_that_is_gone_is_noticed_before_a_stage_begins(world):
+    """Though no watch has told: a pod must not start without it."""
+    await world.cluster.create(await world.resource(), world.guard())
+    del world.fake.objects[GUARD]
+    assert (await world.observed()).policies == {"guard": "1"}
+    await world.cluster.refresh(KEY)
+    assert not (await world.observed()).policies
 
 
 async def test_of_pods_made_in_the_same_second_the_one_that_runs_is_the_newest(world):
